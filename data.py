@@ -1,0 +1,321 @@
+"""The toy world: videos whose captions are true by construction.
+
+A text-to-video model is only as testable as its data. With clips from the internet "does the video show what
+the prompt says" is an opinion; here it is a measurement, because we drew the video and wrote the caption from
+one record, the `Scene`. Everything is procedural, so there is nothing to download, and any size and any
+number of frames can be rendered from the same scene: 32x32 to train on a laptop, 128x128 to look at.
+
+**Scenes.** A scene has one to three actors (kind, colour, motion, perhaps a change and a count), a
+background, a camera and a seed. The seed decides what the caption does not say: where exactly, how large,
+which of several words. Scenes turn into JSON and back, and render to the same bits each time.
+
+**Two sets.** `basic` has one actor and short captions; the base model is pre-trained on it. `rich` has
+several actors, relations, counts, changes and camera moves, with long captions; grown models are trained on
+it, as ModelGrow (arXiv 2412.18966, section on data) continues with longer, more detailed captions than its
+base had.
+
+**What is kept from training.** Two fixed lists make generalisation measurable: `HELD_OUT_PAIRS`, (kind,
+motion) pairs that never occur together (a cat never surfs), and the second column of `WORDS`, words that
+never occur in a training caption (a *feline* that is *ascending*).
+
+How a scene becomes pixels is the next file, draw.py.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from draw import render, save_grid
+
+# Each concept: (words used in training captions), (words that never are).
+WORDS = {
+    "kind": {
+        "cat": (("cat", "kitty"), ("feline", "kitten")),
+        "dog": (("dog", "puppy"), ("hound", "canine")),
+        "fish": (("fish", "goldfish"), ("trout", "salmon")),
+        "bird": (("bird", "songbird"), ("sparrow", "robin")),
+        "car": (("car", "automobile"), ("sedan", "taxi")),
+        "rocket": (("rocket", "space rocket"), ("spaceship", "missile")),
+        "boat": (("boat", "sailboat"), ("yacht", "ship")),
+        "ball": (("ball", "beach ball"), ("sphere", "globe")),
+    },
+    "colour": {
+        "red": (("red", "bright red"), ("crimson", "scarlet")),
+        "orange": (("orange", "bright orange"), ("tangerine", "apricot")),
+        "yellow": (("yellow", "bright yellow"), ("golden", "lemon")),
+        "green": (("green", "bright green"), ("emerald", "lime")),
+        "blue": (("blue", "bright blue"), ("azure", "navy")),
+        "purple": (("purple", "bright purple"), ("violet", "lavender")),
+    },
+    "motion": {
+        "left": (("moving left", "going to the left"), ("heading leftward", "sliding west")),
+        "right": (("moving right", "going to the right"), ("heading rightward", "sliding east")),
+        "up": (("moving up", "rising"), ("ascending", "climbing")),
+        "down": (("moving down", "falling"), ("descending", "dropping")),
+        "bounce": (("bouncing", "bouncing up and down"), ("hopping", "jumping")),
+        "spin": (("spinning", "turning around"), ("rotating", "twirling")),
+        "surf": (("surfing", "riding a wave"), ("on a surfboard", "wakeboarding")),
+        "still": (("standing still", "not moving"), ("motionless", "at rest")),
+    },
+    "background": {
+        "meadow": (("in a meadow", "on a green field"), ("on the prairie", "on a lawn")),
+        "desert": (("in the desert", "among sand dunes"), ("in the Sahara", "in arid badlands")),
+        "night": (("at night", "under the stars"), ("after dark", "at midnight")),
+        "snow": (("in the snow", "on a winter day"), ("in the Arctic", "during a blizzard")),
+        "city": (("in the city", "in front of tall houses"), ("downtown", "in a metropolis")),
+    },
+}
+KINDS, COLOURS, MOTIONS, BACKGROUNDS = (tuple(WORDS[c]) for c in ("kind", "colour", "motion", "background"))
+RELATIONS = ("left of", "right of", "above", "below")
+CAMERAS = ("still", "pan left", "pan right", "zoom in", "zoom out")
+CHANGES = ("turns", "grows", "shrinks")  # "turns" comes with a second colour: "turns blue"
+
+# One per kind and one per motion, so that both halves of every pair are well known apart from the other.
+HELD_OUT_PAIRS = (
+    ("cat", "surf"), ("dog", "spin"), ("fish", "up"), ("bird", "down"),
+    ("car", "bounce"), ("rocket", "left"), ("boat", "still"), ("ball", "right"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One actor, or `count` equal ones in a row. `change` is "", "grows", "shrinks" or "turns COLOUR"."""
+
+    kind: str
+    colour: str
+    motion: str
+    change: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A clip before it is drawn. `relation` tells where actor 0 is as seen from actor 1 ("" for a single
+    actor)."""
+
+    actors: tuple[Actor, ...]
+    background: str
+    seed: int
+    relation: str = ""
+    camera: str = "still"
+
+    def to_json(self) -> str:
+        """-> one line of JSON that `from_json` turns back into an equal scene."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(line: str) -> "Scene":
+        """One line of `to_json` -> the scene."""
+        fields = json.loads(line)
+        return Scene(**{**fields, "actors": tuple(Actor(**a) for a in fields["actors"])})
+
+
+# --------------------------------------------------------------------------------------------------------
+# Drawing scenes at random
+
+
+def make_scene(which: str, seed: int, held_out: bool = False) -> Scene:
+    """A random scene of set `which`, "basic" or "rich". `held_out` asks for a pair of `HELD_OUT_PAIRS`
+    instead of avoiding them (basic only)."""
+    rng = np.random.default_rng([seed, ("basic", "rich").index(which)])
+    pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    number = 1 if which == "basic" else int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3]))
+    actors = []
+    for kind in rng.permutation(KINDS)[:number]:  # kinds differ, so that "the cat" is one actor
+        kind = str(kind)
+        if held_out:
+            motion = next(m for k, m in HELD_OUT_PAIRS if k == kind)
+        else:
+            motion = pick([m for m in MOTIONS if (kind, m) not in HELD_OUT_PAIRS])
+        colour = pick(COLOURS)
+        change, count = "", 1
+        if which == "rich" and rng.random() < 0.35:
+            change = pick(CHANGES)
+            if change == "turns":
+                change += " " + pick([c for c in COLOURS if c != colour])
+        elif which == "rich" and rng.random() < 0.35 and not any(a.count > 1 for a in actors):
+            count = int(rng.integers(2, 4))
+        actors.append(Actor(kind, colour, motion, change, count))
+    relation = pick(RELATIONS) if number > 1 else ""
+    camera = pick(CAMERAS[1:]) if which == "rich" and rng.random() < 0.4 else "still"
+    return Scene(tuple(actors), pick(BACKGROUNDS), seed, relation, camera)
+
+
+def make_scenes(which: str, count: int, seed: int = 0, held_out: bool = False) -> list[Scene]:
+    """`count` scenes of set `which`; the same arguments give the same scenes, and other seeds give other
+    ones."""
+    if which not in ("basic", "rich"):
+        raise ValueError(f"no set of scenes is called {which!r}; there are basic and rich")
+    return [make_scene(which, seed * 10_000_000 + i, held_out) for i in range(count)]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Captions
+
+LOOKS = {
+    "cat": "with pointed ears and a long tail", "dog": "with a floppy ear and four legs",
+    "fish": "with a fan-shaped tail", "bird": "with a small beak and a raised wing",
+    "car": "with two black wheels", "rocket": "with fins and a flame below",
+    "boat": "with two sails", "ball": "with a white stripe",
+}  # fmt: skip
+SETTINGS = {
+    "meadow": "green hills lie below a blue sky with a white cloud",
+    "desert": "yellow dunes lie below a pale sky with a large sun",
+    "night": "stars and a moon shine in a dark sky",
+    "snow": "white ground lies below a grey sky, and snowflakes hang in the air",
+    "city": "dark towers with lit windows stand before a pink sky",
+}
+SHOTS = {
+    "still": "The camera does not move.", "pan left": "The camera pans to the left.",
+    "pan right": "The camera pans to the right.", "zoom in": "The camera zooms in.",
+    "zoom out": "The camera zooms out.",
+}  # fmt: skip
+
+
+def caption(scene: Scene, detail: str = "short", words: str = "train", omit: float = 0.0) -> str:
+    """What the scene shows, in words chosen by its seed, always the same ones.
+
+    `detail` is "short" (one sentence) or "detailed" (30 to 100 words: looks, setting, camera). `words` is
+    "train" or "held_out". `omit` is the chance of leaving out colour, and that of leaving out background,
+    each: a training set with a few such captions teaches the model to choose for itself when a prompt is
+    silent.
+    """
+    rng = np.random.default_rng([scene.seed, 1])
+    column = ("train", "held_out").index(words)
+
+    def word(concept, name):
+        options = WORDS[concept][name][column]
+        return options[rng.integers(len(options))]
+
+    def noun_phrase(actor):
+        noun = word("kind", actor.kind)
+        colour = "" if rng.random() < omit else word("colour", actor.colour) + " "
+        if actor.count == 1:
+            article = "an" if (colour or noun)[0] in "aeiou" else "a"
+            return f"{article} {colour}{noun}"
+        plural = {"fish": "fish", "goldfish": "goldfish", "trout": "trout", "salmon": "salmon",
+                  "kitty": "kitties", "puppy": "puppies"}.get(noun, noun + "s")  # fmt: skip
+        return f"{('two', 'three')[actor.count - 2]} {colour}{plural}"
+
+    def change_phrase(actor, verb_s):
+        if not actor.change:
+            return ""
+        verb, *colour = actor.change.split()
+        verb = verb if verb_s else verb[:-1]
+        return f" {verb} {word('colour', colour[0])}" if colour else f" {verb}"
+
+    place = "" if rng.random() < omit else word("background", scene.background)
+    others = scene.actors[1:]
+    if detail == "detailed":
+        sentences = []
+        for i, actor in enumerate(scene.actors):
+            where = f" {scene.relation} the {scene.actors[1].kind}" if i == 0 and others else ""
+            one = actor.count == 1
+            look = LOOKS[actor.kind]
+            sentences.append(
+                f"{noun_phrase(actor)} {look} {'is' if one else 'are'} {word('motion', actor.motion)}{where}"
+            )
+            if actor.change:
+                sentences.append(f"{'it' if one else 'each'} slowly{change_phrase(actor, True)}")
+        sentences.append(
+            f"the scene is {place}: {SETTINGS[scene.background]}" if place else SETTINGS[scene.background]
+        )
+        return " ".join(s[0].upper() + s[1:] + "." for s in sentences) + " " + SHOTS[scene.camera]
+    phrases = []
+    for actor in scene.actors:
+        change = change_phrase(actor, actor.count == 1)
+        phrases.append(
+            f"{noun_phrase(actor)} {word('motion', actor.motion)}" + (f" that{change}" if change else "")
+        )
+    if others:
+        phrases[0] = f"{phrases[0]} {scene.relation} {phrases.pop(1)}"
+    text = " and ".join(phrases)
+    if not place:
+        return text
+    return f"{text} {place}" if rng.random() < 0.7 else f"{place}, {text}"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+class ToyWorld:
+    """`count` clips of set `which` with captions, the same for the same seed.
+
+    Clips are kept as uint8 in memory (`cache`, 25 kB for 8 frames of 32x32), or rendered each time they are
+    asked for.
+    """
+
+    def __init__(
+        self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", omit=0.1, cache=True
+    ):
+        self.scenes = make_scenes(which, count, seed)
+        self.captions = [caption(scene, detail, omit=omit) for scene in self.scenes]
+        self.frames, self.size, self.videos = frames, size, None
+        if cache:
+            chunks = [self.scenes[i : i + 128] for i in range(0, count, 128)]
+            self.videos = torch.cat(
+                [
+                    render(c, frames, size)
+                    for c in tqdm(chunks, "rendering clips", unit_scale=128, disable=count < 500)
+                ]
+            )
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def batch(self, rows):
+        """Row numbers -> clips (B, 3, T, H, W) float in [-1, 1], and their captions."""
+        rows = [int(i) for i in rows]
+        if self.videos is None:
+            videos = render([self.scenes[i] for i in rows], self.frames, self.size)
+        else:
+            videos = self.videos[rows]
+        return videos.float() / 127.5 - 1, [self.captions[i] for i in rows]
+
+
+def main(argv=None):
+    """Write a preview of the toy world: `python data.py`."""
+    parser = argparse.ArgumentParser(
+        description="Draw a labelled preview of the toy world, as PNG and as GIF."
+    )
+    parser.add_argument("--data", default="basic", choices=("basic", "rich"), help="set of scenes (basic)")
+    parser.add_argument(
+        "--captions", default="short", choices=("short", "detailed"), help="kind of caption (short)"
+    )
+    parser.add_argument("--size", type=int, default=128, help="pixels per side of a clip (128)")
+    parser.add_argument("--frames", type=int, default=8, help="frames per clip (8)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
+    parser.add_argument("--out", default="samples", help="folder to write into (samples)")
+    args = parser.parse_args(argv)
+    if args.data == "basic":  # every kind with every motion once, held-out pairs too
+        rng = np.random.default_rng(args.seed)
+        scenes = []
+        for motion in MOTIONS:
+            for kind in KINDS:
+                colour, background = rng.choice(COLOURS), rng.choice(BACKGROUNDS)
+                actor = Actor(kind, str(colour), motion)
+                scenes.append(Scene((actor,), str(background), args.seed * 10_000_000 + len(scenes)))
+    else:
+        scenes = make_scenes("rich", 32, args.seed)
+    videos = render(scenes, args.frames, args.size).permute(0, 2, 3, 4, 1).numpy()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    labels = [caption(scene, args.captions) for scene in scenes]
+    for end in ("png", "gif"):
+        path = Path(args.out) / f"preview-{args.data}.{end}"
+        save_grid(path, videos, labels)
+        print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # whatever a user can mend
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
