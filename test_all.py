@@ -1,0 +1,869 @@
+"""All tests: `pytest`. Four kinds: against a reference, determinism, convergence, mathematical properties.
+
+The slow ones (marked) train the real reader and run the commands as a user would; `pytest -m "not slow"`
+leaves them out.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import attention as attention_module
+import data
+import dit
+import draw
+import evaluate
+import grow
+import sample
+import text_encoder
+import train
+from attention import attention
+from data import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, WORDS, Actor, Scene
+from dit import DiT, DiTConfig, load_model, save_model
+
+HERE = Path(__file__).parent
+SMALL = DiTConfig(frames=4, size=16, patch_size=4, width=24, depth=3, heads=2, text_dim=12)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """Tests neither see nor fill the user's cache."""
+    os.environ["MODELGROW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def random_model(config=SMALL, seed=0, dtype=torch.float32):
+    """A model in which every branch speaks: no weight is left at zero."""
+    torch.manual_seed(seed)
+    model = DiT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5)
+    return model.to(dtype)
+
+
+def random_inputs(config=SMALL, batch=2, length=5, seed=0, dtype=torch.float32):
+    """-> x_t, t, text, text_mask; the prompts differ in length."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, config.frames, config.size, config.size, generator=g, dtype=dtype)
+    text = torch.randn(batch, length, config.text_dim, generator=g, dtype=dtype)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=g)
+    return x, torch.rand(batch, generator=g, dtype=dtype), text, mask
+
+
+# --------------------------------------------------------------------------------------------------------
+# draw.py and data.py
+
+
+def test_circle_covers_its_area():
+    image = torch.zeros(1, 1, 3, 64, 64)
+    x = (torch.arange(64) + 0.5) / 32 - 1
+    p = torch.meshgrid(x, x, indexing="xy")
+    draw.paint(image, draw.circle(p, 0.1, -0.2, 0.5)[None, None], torch.ones(3, 1, 1), 32)
+    assert image[0, 0, 0].sum() / 32**2 == pytest.approx(math.pi * 0.5**2, rel=1e-3)
+
+
+def test_distances_agree_with_brute_force():
+    x = torch.linspace(-1.4, 1.4, 57)
+    p = torch.meshgrid(x, x, indexing="xy")
+    grid = torch.stack(p, -1).flatten(0, 1)
+    corners = ((-0.3, 0.2), (0.5, 0.6), (0.4, -0.7))
+    for shape in (
+        lambda p: draw.capsule(p, -0.5, 0.1, 0.4, -0.3, 0.2),
+        lambda p: draw.box(p, 0.1, 0.0, 0.6, 0.3, 0.1),
+        lambda p: draw.circle(p, -0.2, 0.3, 0.4),
+    ):
+        d = shape(p).flatten()
+        inside = grid[d <= 0]
+        outside = d > 0.1
+        nearest = torch.cdist(grid[outside], inside).amin(1)
+        assert (nearest - d[outside]).abs().max() < 0.06  # the grid's own spacing is 0.05
+    for points in (corners, corners[::-1]):  # a polygon is the same whichever way round
+        d = draw.polygon(p, *points)
+        assert (d <= 0).float().mean() * 2.8**2 == pytest.approx(0.5, abs=0.05)  # shoelace: 0.5
+
+
+@pytest.mark.parametrize("which", ["basic", "rich"])
+def test_scenes_are_deterministic_and_survive_json(which):
+    scenes = data.make_scenes(which, 24, seed=3)
+    assert scenes == data.make_scenes(which, 24, seed=3) != data.make_scenes(which, 24, seed=4)
+    back = [Scene.from_json(s.to_json()) for s in scenes]
+    assert back == scenes
+    video = draw.render(scenes)
+    assert video.shape == (24, 3, 8, 32, 32) and video.dtype == torch.uint8
+    assert torch.equal(video, draw.render(back))
+    assert torch.equal(video, torch.cat([draw.render([s]) for s in scenes])), "a clip depends on its batch"
+
+
+def test_small_clips_are_large_ones_averaged():
+    scenes = data.make_scenes("basic", 32, seed=5)
+    small = draw.render(scenes, 4, 32).float()
+    large = torch.nn.functional.avg_pool3d(draw.render(scenes, 4, 128).float(), (1, 4, 4))
+    assert (small - large).abs().mean() < 4  # of 255
+
+
+def test_pixels_move_as_the_caption_says():
+    def track(motion):
+        scenes = [Scene((Actor("car", colour, motion),), "meadow", 11) for colour in ("red", "blue")]
+        red, blue = draw.render(scenes, 8, 64).float()
+        mass = (red - blue).abs().sum(0)  # (T, H, W): where the actor is
+        axis = torch.arange(64.0)
+        return (mass.sum(1) @ axis / mass.sum((1, 2)), mass.sum(2) @ axis / mass.sum((1, 2)))
+
+    steps = {m: (x.diff(), y.diff()) for m in MOTIONS for x, y in [track(m)]}
+    assert (steps["left"][0] < -2).all() and (steps["right"][0] > 2).all()
+    assert (steps["up"][1] < -2).all() and (steps["down"][1] > 2).all()
+    assert steps["still"][0].abs().max() < 0.01 and steps["still"][1].abs().max() < 0.01
+    assert steps["bounce"][1].min() < -2 < 2 < steps["bounce"][1].max()
+    assert steps["spin"][0].abs().max() < 2
+
+
+def test_held_out_pairs_and_words_stay_out_of_training():
+    basic, rich = data.make_scenes("basic", 3000), data.make_scenes("rich", 1000)
+    pairs = {(a.kind, a.motion) for s in basic + rich for a in s.actors}
+    assert not pairs & set(HELD_OUT_PAIRS) and len(pairs) == len(KINDS) * len(MOTIONS) - len(HELD_OUT_PAIRS)
+    assert ("cat", "surf") in HELD_OUT_PAIRS
+    held_out = data.make_scenes("basic", 100, held_out=True)
+    assert {(s.actors[0].kind, s.actors[0].motion) for s in held_out} == set(HELD_OUT_PAIRS)
+
+    texts = [data.caption(s, d) for s in basic + rich for d in ("short", "detailed")]
+    seen = set(re.findall(r"\w+", " ".join(texts).lower()))
+    for concept in WORDS.values():
+        for trained, unseen in concept.values():
+            for phrase in unseen:  # at least one word of the phrase is new
+                assert set(phrase.lower().split()) - seen, f"{phrase!r} is in training captions"
+            assert all(set(phrase.lower().split()) <= seen for phrase in trained)
+
+
+@pytest.mark.parametrize("words, column", [("train", 0), ("held_out", 1)])
+def test_captions_name_everything(words, column):
+    for scene in data.make_scenes("basic", 200):
+        actor = scene.actors[0]
+        for detail in ("short", "detailed"):
+            text = data.caption(scene, detail, words)
+            names = {"kind": actor.kind, "colour": actor.colour, "motion": actor.motion}
+            for concept, name in {**names, "background": scene.background}.items():
+                assert any(w.lower() in text.lower() for w in WORDS[concept][name][column]), text
+            assert text == data.caption(scene, detail, words)
+    lengths = [len(data.caption(s, "detailed").split()) for s in data.make_scenes("rich", 300)]
+    assert min(lengths) >= 20 and max(lengths) <= 128
+
+
+def test_omitted_attributes():
+    scenes = data.make_scenes("basic", 400)
+    without = [data.caption(s, omit=1.0) for s in scenes]
+    assert not any(re.search(rf"\b{c}\b", t) for t in without for c in COLOURS)
+    some = [data.caption(s, omit=0.1) for s in scenes]
+    missing = sum(not any(re.search(rf"\b{c}\b", t) for c in COLOURS) for t in some)
+    assert 20 < missing < 65
+
+
+def test_cached_clips_equal_rendered_ones():
+    kept, drawn = (data.ToyWorld("rich", 12, seed=2, cache=c) for c in (True, False))
+    (a, captions), (b, _) = kept.batch([3, 1, 7]), drawn.batch([3, 1, 7])
+    assert torch.equal(a, b) and a.min() >= -1 and a.max() <= 1
+    assert captions == [kept.captions[i] for i in (3, 1, 7)]
+
+
+# --------------------------------------------------------------------------------------------------------
+# text_encoder.py
+
+
+def tiny_encoder(directory, kind):
+    """A random encoder with a vocabulary of words, saved as a directory."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "cat", "surfing"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=6
+    )
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=7, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+        model = transformers.BertModel(config)
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_encoders_by_directory(tmp_path, kind):
+    encoder = text_encoder.TextEncoder(tiny_encoder(tmp_path / kind, kind))
+    features, mask = encoder(["a red cat surfing", "cat", ""])
+    assert (
+        features.shape == (3, 5, 16)
+        and mask.sum(1).tolist() == [5, 2, 1]
+        and features.dtype == torch.bfloat16
+    )
+    assert type(encoder.model).__name__ == {"t5": "T5EncoderModel", "bert": "BertModel"}[kind]
+    assert (features[~mask] == 0).all()
+    alone, _ = encoder(["cat"])
+    assert torch.allclose(features[1, :2].float(), alone[0].float(), atol=0.02), "padding changes features"
+    assert encoder(["cat " * 50])[0].shape[1] == 6  # cut at what the encoder can read
+
+
+def test_features_are_kept(tmp_path, monkeypatch):
+    name = tiny_encoder(tmp_path / "bert", "bert")
+    texts = ["a red cat", "surfing cat", "a red cat"]
+    first = text_encoder.encode(texts, name)
+    batch, mask = first.batch(["surfing cat", text_encoder.NULL_PROMPT], 4)
+    assert batch.shape == (2, 4, 16) and mask.tolist() == [[True] * 3 + [False], [True] + [False] * 3]
+    direct, _ = text_encoder.TextEncoder(name)(["surfing cat"])
+    assert torch.allclose(batch[0, :3].float(), direct[0].float(), atol=0.02)
+
+    (file,) = [f for f in text_encoder.cache_dir().glob("features-*") if load_file(f)["flat"].shape[1] == 16]
+    monkeypatch.setattr(text_encoder, "TextEncoder", None)  # a second time needs no encoder
+    again = text_encoder.encode(texts, name)
+    assert torch.equal(again.flat, first.flat)
+    monkeypatch.undo()
+    file.write_bytes(file.read_bytes()[:100])  # a file that was cut off is made anew
+    assert torch.equal(text_encoder.encode(texts, name).flat, first.flat)
+
+
+def test_missing_encoders_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(text_encoder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="requirements-weights"):
+        text_encoder.TextEncoder()
+    with pytest.raises(OSError, match="cannot load the text encoder") as error:
+        text_encoder.TextEncoder(str(tmp_path / "nothing"))
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------
+# attention.py and dit.py
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_attention_against_loops(backend):
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (5, 4, 4))
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    out = attention(q, k, v, mask, backend)
+    for b, h, i in np.ndindex(2, 3, 5):
+        weight = [math.exp(sum(q[b, h, i] * k[b, h, j]) / math.sqrt(8)) * mask[b, j].item() for j in range(4)]
+        expected = sum(w * v[b, h, j] for j, w in enumerate(weight)) / sum(weight)
+        assert torch.allclose(out[b, h, i], expected, atol=1e-12)
+    assert torch.equal(attention(q, k, v, None, backend), attention(q, k, v, mask | True, backend))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="no attention backend"):
+        attention(*torch.zeros(3, 1, 1, 2, 4), backend="flash")
+    attention_module.main()
+
+
+def test_patches_keep_pixels_together():
+    config = replace(SMALL, patch_time=2)
+    x = torch.randn(2, 3, 6, 8, 12)
+    tokens, grid = dit.patchify(x, config)
+    assert grid == (3, 2, 3) and tokens.shape == (2, 18, 96)
+    assert torch.equal(dit.unpatchify(tokens, config, grid), x)
+    assert torch.equal(
+        tokens[1, 1 * 6 + 1 * 3 + 2].view(3, 2, 4, 4), x[1, :, 2:4, 4:8, 8:12]
+    )  # order t, y, x
+
+
+def test_rotary_positions_are_relative():
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 32, generator=g, dtype=torch.float64) for _ in range(2))
+
+    def product(a, b):
+        turned = []
+        for vector, place in ((q, a), (k, b)):
+            cos, sin = dit.rope_angles(torch.tensor([place], dtype=torch.float64), 32)
+            turned.append(dit.rotate(vector, cos, sin))
+        return (turned[0] * turned[1]).sum()
+
+    assert torch.allclose(product((1, 2, 3), (4, 1, 0)), product((3, 5, 4), (6, 4, 1)))
+    for other in ((4, 1, 1), (4, 2, 0), (5, 1, 0)):  # each axis matters
+        assert not torch.allclose(product((1, 2, 3), (4, 1, 0)), product((1, 2, 3), other))
+
+
+def test_new_model_predicts_grey_and_padding_is_invisible():
+    x, t, text, mask = random_inputs()
+    assert (DiT(SMALL)(x, t, text, mask) == 0).all()
+    model = random_model(dtype=torch.float64)
+    x, text = x.double(), text.double()
+    out = model(x, t.double(), text, mask)
+    assert out.shape == x.shape and out.std() > 0.1
+    longer = torch.cat([text, torch.randn(2, 3, SMALL.text_dim)], 1)
+    padded = model(x, t.double(), longer, torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], 1))
+    assert torch.allclose(out, padded, atol=1e-12)
+    assert not torch.allclose(out, model(x, t.double(), text.flip(0), mask)), "the prompt does not matter"
+
+
+def test_any_number_of_frames_and_any_size():
+    model = random_model()
+    _, t, text, mask = random_inputs()
+    assert model(torch.randn(2, 3, 8, 24, 24), t, text, mask).shape == (2, 3, 8, 24, 24)
+    with pytest.raises(ValueError, match="frames is 3"):
+        model(torch.randn(2, 3, 3, 16, 16), t, text, mask)
+
+
+def test_llm_branch_reads_its_own_text():
+    config = replace(SMALL, llm_dim=10)
+    model = random_model(config)
+    x, t, text, mask = random_inputs()
+    llm, llm_mask = torch.randn(2, 6, 10), torch.ones(2, 6, dtype=torch.bool)
+    out = model(x, t, text, mask, llm, llm_mask)
+    assert not torch.allclose(out, model(x, t, text, mask, llm.flip(0), llm_mask))
+    llm_mask[:, 4:] = False
+    shorter = model(x, t, text, mask, llm[:, :4], llm_mask[:, :4])
+    assert torch.allclose(model(x, t, text, mask, llm, llm_mask), shorter, atol=1e-5)
+    for wrong, extra in ((model, ()), (random_model(), (llm, llm_mask))):
+        with pytest.raises(ValueError, match="llm_dim"):
+            wrong(x, t, text, mask, *extra)
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, llm_dim=10, depth=2), dit.PRESETS["nano"]])
+def test_flops_against_torch(config):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = random_model(config)
+    x, t, text, mask = random_inputs(config, batch=1)
+    llm = (torch.randn(1, 6, config.llm_dim), torch.ones(1, 6, dtype=torch.bool)) if config.llm_dim else ()
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, text, mask, *llm)
+    assert counter.get_total_flops() == config.flops(5, 6)
+
+
+def test_unknown_parameter_is_not_left_to_chance():
+    model = DiT(SMALL)
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="scale"):
+        model.initialise()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"width": 25}, {"depth": 0}, {"size": 18}, {"frames": True}, {"heads": 24}]
+)
+def test_impossible_configs_are_refused(wrong):
+    with pytest.raises(ValueError):
+        replace(SMALL, **wrong)
+
+
+def test_checkpoint_round_trip_and_refusals(tmp_path):
+    model = random_model()
+    save_model(tmp_path, model.state_dict(), SMALL, text_encoder="minilm", history=[{"grow": "depth"}])
+    loaded, header = load_model(tmp_path)
+    assert header == {"text_encoder": "minilm", "history": [{"grow": "depth"}]} and loaded.config == SMALL
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+    save_model(tmp_path, model.state_dict(), replace(SMALL, width=48))
+    with pytest.raises(ValueError, match="does not fit its own config"):
+        load_model(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 50)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_model(tmp_path / "nowhere")
+
+
+# --------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def gaussian_model(scale):
+    """The best predictor for clips that are white noise of size `scale`: E[x | x_t] in closed form. The flow
+    then only rescales, x_t = x_0 sqrt(t^2 scale^2 + (1 - t)^2), and ends at scale * noise."""
+
+    def model(x_t, t, text, text_mask):
+        t = t.view(-1, 1, 1, 1, 1)
+        return t * scale**2 / (t**2 * scale**2 + (1 - t) ** 2) * x_t
+
+    return model
+
+
+def solve(model, noise, **options):
+    text, mask = torch.ones(len(noise), 3, 4, dtype=noise.dtype), torch.ones(len(noise), 3, dtype=torch.bool)
+    return sample.solve(
+        model, noise, text, mask, torch.zeros(1, 2, 4, dtype=noise.dtype), mask[:1, :2], **options
+    )
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
+def test_solver_converges_at_its_order(method, order):
+    noise = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    errors = []
+    for steps in (20, 40, 80):
+        out = solve(gaussian_model(0.5), noise, steps=steps, method=method)
+        errors.append((out - 0.5 * noise).abs().max().item())
+    rates = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert rates[-1] == pytest.approx(order, abs=0.25), errors
+
+
+def test_last_step_lands_on_the_prediction():
+    clip = torch.rand(2, 3, 2, 4, 4)
+    out = solve(
+        lambda x, t, text, mask: clip.repeat(len(x) // 2, 1, 1, 1, 1), torch.randn_like(clip), steps=7
+    )
+    assert torch.allclose(out, clip, atol=1e-6)
+
+
+def test_guidance_and_its_interval():
+    calls = []
+
+    def model(
+        x, t, text, mask
+    ):  # predicts 1 for a prompt and 0.5 for the null prompt, which is padded with False
+        calls.append(len(x))
+        null = ~mask[:, 2]
+        return torch.where(null, 0.5, 1.0).view(-1, 1, 1, 1, 1).expand_as(x)
+
+    noise = torch.zeros(2, 3, 2, 4, 4)
+    assert torch.allclose(solve(model, noise, steps=4, guidance=1.0), torch.ones_like(noise))
+    assert set(calls) == {2}
+    assert torch.allclose(solve(model, noise, steps=4, guidance=3.0), torch.full_like(noise, 2.0))
+    calls.clear()
+    solve(model, noise, steps=4, method="euler", interval=(0.3, 0.6))
+    assert calls == [2, 2, 4, 2]
+    with pytest.raises(ValueError, match="no solver"):
+        solve(model, noise, method="rk4")
+
+
+def test_video_files_can_be_read_back(tmp_path):
+    video = draw.render([Scene((Actor("cat", "orange", "surf"),), "snow", 4)])[0]
+    frames = video.permute(1, 2, 3, 0).numpy()
+    sample.write_video(tmp_path / "new" / "cat", frames)
+    gif, mp4 = (iio.imread(tmp_path / "new" / f"cat.{end}") for end in ("gif", "mp4"))
+    assert gif.shape == (8, 256, 256, 3) and mp4.shape == (32, 256, 256, 3)
+    large = frames.repeat(8, 1).repeat(8, 2).astype(float)
+    assert abs(gif - large).mean() < 6 and abs(mp4[8:16] - large).mean() < 6
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["cat.gif", "cat.mp4"]
+    assert sample.file_name("A cat, surfing!") == "a-cat-surfing" and sample.file_name("...") == "video"
+    assert len(sample.file_name("cat " * 200)) <= 80
+
+
+def test_pixel_range():
+    video = torch.tensor([-2.0, -1, 0, 1, 3]).view(5, 1, 1, 1, 1).expand(5, 3, 1, 2, 2)
+    assert sample.to_uint8(video)[:, 0, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+# --------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_loss_against_closed_form():
+    x, t, text, mask = random_inputs()
+    t = torch.tensor([0.5, 0.99])
+    noise = torch.randn_like(x)
+    zero = train.flow_loss(lambda x_t, t, text, mask: torch.zeros_like(x_t), x, text, mask, t, noise)
+    assert torch.allclose(zero, x.square().mean((1, 2, 3, 4)) / torch.tensor([0.25, 0.0025]))
+    # A model that is told the noise can recover the clip: the point on the line is t x + (1 - t) noise.
+    s = t.view(-1, 1, 1, 1, 1)
+
+    def recover(x_t, t, text, mask):
+        return (x_t - (1 - s) * noise) / s
+
+    def velocity(x_t, t, text, mask):  # 0.3 everywhere
+        return x_t + (1 - s) * 0.3
+
+    assert train.flow_loss(recover, x, text, mask, t, noise).max() < 1e-6
+    # Away from t = 1 the loss is that of the velocity, x - noise.
+    loss = train.flow_loss(velocity, x, text, mask, t, noise)
+    assert torch.allclose(loss[0], (0.3 - (x - noise)[0]).square().mean())
+
+
+def test_random_draws_depend_on_seed_and_step_only():
+    first, again, other = (train.random_draws(0, step, (4000, 1, 1, 1, 1), 50) for step in (7, 7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[2], other[2])
+    rows, t, noise, drop = first
+    assert rows.min() >= 0 and rows.max() == 49 and len(rows.unique()) == 50
+    assert torch.logit(t).mean() == pytest.approx(-0.8, abs=0.05) and torch.logit(t).std() == pytest.approx(
+        0.8, abs=0.05
+    )
+    assert noise.std() == pytest.approx(1, abs=0.05) and drop.float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(2.0, step, step / 1000, warmup=100) for step in range(1001)]
+    assert (
+        rates[49] == 1.0
+        and rates[99] == rates[700] == 2.0
+        and rates[850] == pytest.approx(1.0)
+        and rates[1000] == 0
+    )
+
+
+def test_ema():
+    model, ema = random_model(), random_model(seed=1)
+    start = [p.clone() for p in ema.parameters()]
+    train.update_ema(ema, model, step=10**6, decay=0.9)
+    for p, q, s in zip(ema.parameters(), model.parameters(), start, strict=True):
+        assert torch.allclose(p, 0.9 * s + 0.1 * q, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def encoder_name(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+def run_training(out, encoder_name, *extra):
+    argv = ["--quick", "--text", encoder_name, "--clips", "64", "--batch", "4", "--out", str(out), *extra]
+    return train.train(train.parse_arguments(argv))
+
+
+def numbers(run):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+def test_training_is_deterministic_and_resumes_exactly(tmp_path, encoder_name, monkeypatch):
+    whole, again = (run_training(tmp_path / name, encoder_name) for name in ("whole", "again"))
+    assert numbers(whole) == numbers(again) and len(numbers(whole)) == 5
+
+    # A run that dies in step 17, after the checkpoint of step 10, and is resumed.
+    def dies(ema, model, step, update=train.update_ema):
+        if step == 16:
+            raise KeyboardInterrupt
+        update(ema, model, step)
+
+    monkeypatch.setattr(train, "update_ema", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path / "killed", encoder_name)
+    monkeypatch.undo()
+    killed = train.train(train.parse_arguments(["--out", str(tmp_path / "killed"), "--resume"]))
+    assert numbers(killed) == numbers(whole)
+    for name in ("model.safetensors", "train_state.safetensors"):
+        a, b = load_file(killed / "checkpoint" / name), load_file(whole / "checkpoint" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "args.json",
+        "checkpoint",
+        "loss.png",
+        "metrics.jsonl",
+        "samples",
+    ]
+
+    with pytest.raises(ValueError, match="--resume"):
+        run_training(whole, encoder_name)
+    other = run_training(tmp_path / "other", encoder_name, "--seed", "1")
+    assert numbers(other) != numbers(whole)
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, encoder_name, monkeypatch):
+    run = run_training(tmp_path / "run", encoder_name)
+    before = numbers(run)
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(train, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        train.train(train.parse_arguments(["--out", str(run), "--resume", "--steps", "30"]))
+    monkeypatch.undo()
+    load_model(run)  # still that of step 20
+    (run / "checkpoint").rename(run / "checkpoint.old")  # as a kill between the two renames leaves it
+    train.train(train.parse_arguments(["--out", str(run), "--resume", "--steps", "30"]))
+    assert numbers(run)[: len(before)] == before and numbers(run)[-1]["step"] == 30
+
+
+def test_minutes_end_the_run_with_a_decayed_rate(tmp_path, encoder_name, monkeypatch):
+    monkeypatch.setattr(train, "START", time.perf_counter())
+    run = run_training(tmp_path / "run", encoder_name, "--minutes", "0.2", "--every", "1000")
+    assert time.perf_counter() - train.START < 20
+    rates = [n["lr"] for n in numbers(run) if "lr" in n]
+    assert len(rates) > 5 and rates[-1] < 0.3 * max(rates)
+
+
+def test_training_learns(encoder_name):
+    """A model over-fits four clips: the loss falls by far, and the prompts give the clips back."""
+    world = data.ToyWorld("basic", 4, seed=8, frames=4, size=16, omit=0)
+    features = text_encoder.encode(world.captions, encoder_name)
+    features.flat = torch.randn(
+        features.flat.shape, generator=torch.Generator().manual_seed(0)
+    )  # tell the words apart
+    torch.manual_seed(0)
+    model = DiT(replace(SMALL, width=64, text_dim=features.dim))
+    x, captions = world.batch(range(4))
+    text, mask = features.batch(captions)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for step in range(400):
+        _, t, noise, _ = train.random_draws(0, step, (4, 3, 4, 16, 16), 4)
+        loss = train.flow_loss(model, x, text, mask, t, noise).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-50:]) < 0.15 * np.mean(losses[:20])
+    out = sample.solve(model, torch.randn(x.shape), text, mask, text[:1], mask[:1], steps=8, guidance=1.0)
+    distance = (out[:, None] - x[None]).square().mean((2, 3, 4, 5))
+    assert distance.argmin(1).tolist() == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------------
+# grow.py
+
+
+@pytest.mark.parametrize(
+    "depth, add, group, expected",
+    [  # a copy is marked by a minus sign; blocks count from 1
+        (4, 4, 1, [1, -1, 2, -2, 3, -3, 4, -4]),
+        (4, 2, 2, [1, 2, -2, 3, 4, -4]),
+        (4, 1, 4, [1, 2, 3, 4, -4]),
+        (6, 4, 3, [1, 2, 3, -3, -3, 4, 5, 6, -6, -6]),
+    ],
+)
+def test_insert_positions(depth, add, group, expected):
+    assert [-(i + 1) if new else i + 1 for i, new in grow.insert_positions(depth, add, group)] == expected
+
+
+def test_growth_changes_nothing():
+    rng = np.random.default_rng(0)
+    for trial in range(12):
+        heads, depth = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+        group = int(rng.choice([g for g in range(1, depth + 1) if depth % g == 0]))
+        config = replace(SMALL, heads=heads, width=2 * heads * int(rng.integers(4, 9)), depth=depth)
+        config = replace(config, llm_dim=int(rng.integers(0, 2)) * 7)
+        base = random_model(config, trial)
+        frozen = {k: v.clone() for k, v in base.state_dict().items()}
+        grown = grow.grow_depth(base, depth // group * int(rng.integers(1, 4)), group)
+        assert grown.config.depth == len(grown.blocks) > depth
+        for dtype in (torch.float32, torch.float64):
+            x, t, text, mask = random_inputs(config, seed=trial, dtype=dtype)
+            llm = (
+                (torch.randn(2, 4, 7, dtype=dtype), torch.ones(2, 4, dtype=torch.bool))
+                if config.llm_dim
+                else ()
+            )
+            a, b = base.to(dtype)(x, t, text, mask, *llm), grown.to(dtype)(x, t, text, mask, *llm)
+            assert torch.equal(a, b) and a.std() > 0.1
+        assert all(torch.equal(v, frozen[k]) for k, v in base.float().state_dict().items())
+
+
+def test_new_blocks_learn_at_once():
+    grown = grow.grow_depth(random_model(), 3)
+    new = [b for b, (_, is_new) in zip(grown.blocks, grow.insert_positions(3, 3, 1), strict=True) if is_new]
+    x, t, text, mask = random_inputs()
+    for step in range(2):
+        grown.zero_grad()
+        (grown(x, t, text, mask) - x).square().mean().backward()
+        gate = new[0].adaln.weight.grad.unflatten(0, (-1, 3, SMALL.width))[:, 2]
+        assert (gate.abs().amax((1, 2)) > 0).all(), "a gate gets no gradient at the first step"
+        if step == 0:
+            torch.optim.SGD(grown.parameters(), 0.1).step()
+    for block in new:
+        assert all(p.grad.abs().max() > 0 for p in block.parameters()), "something is dead"
+    assert any(
+        not torch.equal(p, q) for p, q in zip(new[0].parameters(), grown.blocks[0].parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("add, group", [(0, 1), (2, 2), (4, 1), (3, 0)])
+def test_impossible_growth_is_refused(add, group):
+    with pytest.raises(ValueError, match="cannot insert"):
+        grow.grow_depth(random_model(), add, group)
+
+
+def test_growing_a_run(tmp_path, encoder_name, capsys):
+    base = run_training(tmp_path / "base", encoder_name, "--steps", "40")
+    grown = run_training(
+        tmp_path / "grown",
+        encoder_name,
+        "--grow",
+        "depth",
+        "--from",
+        str(base),
+        "--steps",
+        "60",
+        "--lr",
+        "3e-3",
+    )
+    first = numbers(grown)[0]
+    assert first["loss_before_growth"] == first["loss_after_growth"]
+    val = [n["val_loss"] for n in numbers(grown) if "val_loss" in n]
+    assert val[-1] < 0.9 * val[0]
+    model, header = load_model(grown)
+    assert model.config.depth == 8 and header["history"][0]["depth"] == [4, 8]
+    assert header["flops"] > load_model(base)[1]["flops"] > 0
+
+    grow.main(
+        [str(base), "--depth", "insert", "--add", "2", "--group", "2", "--out", str(tmp_path / "by-hand")]
+    )
+    assert re.findall(r"float\d\d: (\S+)", capsys.readouterr().out) == ["0", "0"]
+    assert load_model(tmp_path / "by-hand")[0].config.depth == 6
+
+
+# --------------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_scores_count_what_is_right():
+    class Oracle:
+        """Says what is true of some scenes, in the reader's words."""
+
+        def __init__(self, scenes):
+            self.true = evaluate.truth(scenes)
+
+        def __call__(self, video):
+            return {
+                "presence": self.true["presence"],
+                "colour": torch.nn.functional.one_hot(self.true["colour"].clamp_min(0), 6).float(),
+                "motion": torch.nn.functional.one_hot(self.true["motion"].clamp_min(0), 8).float(),
+                "background": torch.nn.functional.one_hot(self.true["background"], 5).float(),
+                "place": self.true["place"],
+            }
+
+    scenes = data.make_scenes("basic", 60, seed=1)
+    videos = torch.zeros(60, 3, 8, 32, 32)
+    assert set(evaluate.score(Oracle(scenes), videos, scenes).values()) == {1.0}
+    wrong = [
+        replace(s, actors=(replace(s.actors[0], colour=COLOURS[COLOURS.index(s.actors[0].colour) - 1]),))
+        for s in scenes
+    ]
+    scores = evaluate.score(Oracle(wrong[:15] + scenes[15:]), videos, scenes)
+    assert scores["colour"] == scores["all"] == 0.75 and scores["subject"] == scores["motion"] == 1
+
+
+def test_truth_of_rich_scenes():
+    scene = Scene(
+        (Actor("cat", "red", "still", "turns blue"), Actor("dog", "green", "left", count=2)),
+        "night",
+        5,
+        "above",
+    )
+    true = evaluate.truth([scene])
+    cat, dog = KINDS.index("cat"), KINDS.index("dog")
+    assert true["presence"][0].nonzero().flatten().tolist() == [cat, dog]
+    assert true["colour"][0, cat] == -100 and true["colour"][0, dog] == COLOURS.index("green")
+    assert true["motion"][0, dog] == MOTIONS.index("left") and true["background"][0] == BACKGROUNDS.index(
+        "night"
+    )
+    assert true["place"][0, cat, 1] < true["place"][0, dog, 1]  # above, and y points down
+
+
+def test_prompt_sets_hold_what_they_say():
+    sets = evaluate.prompt_sets(50)
+    assert all(len(scenes) == len(captions) == 50 for scenes, captions in sets.values())
+    assert all((s.actors[0].kind, s.actors[0].motion) in HELD_OUT_PAIRS for s in sets["held-out pairs"][0])
+    training = set(data.ToyWorld("basic", 2000, cache=False).captions)
+    assert not training & set(sets["held-out words"][1])
+
+
+@pytest.mark.slow
+def test_the_reader_proves_itself():
+    reader = evaluate.get_reader()
+    proof = evaluate.prove(reader)  # refuses below 0.98
+    shuffled = proof["shuffled captions"]
+    for name, options in (("subject", 8), ("colour", 6), ("motion", 8), ("background", 5)):
+        assert shuffled[name] == pytest.approx(1 / options, abs=0.05)
+    assert evaluate.get_reader().state_dict().keys() == reader.state_dict().keys()  # from the cache
+
+    class Untrained(evaluate.Reader):
+        pass
+
+    with pytest.raises(ValueError, match="cannot be trusted"):
+        evaluate.prove(Untrained().eval(), count=64)
+
+
+# --------------------------------------------------------------------------------------------------------
+# The commands, as a user runs them
+
+
+def command(*argv, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, str(HERE / argv[0]), *argv[1:]],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_train_grow_sample_evaluate(tmp_path):
+    """The README's commands with --quick, with the real text encoder, in an empty folder."""
+    for argv in (
+        ["train.py", "--quick"],
+        ["train.py", "--quick", "--grow", "depth"],
+        ["sample.py", "a cat surfing", "--steps", "3"],
+        ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
+        ["data.py", "--data", "rich", "--size", "32"],
+        ["text_encoder.py", "a cat surfing"],
+        ["dit.py"],
+    ):
+        done = command(*argv, cwd=tmp_path)
+        assert done.returncode == 0, (argv, done.stderr)
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    for name in (
+        "runs/base/checkpoint/model.safetensors",
+        "runs/base-depth/checkpoint/model.safetensors",
+        "runs/base/samples/step_000020.gif",
+        "runs/base/loss.png",
+        "runs/base/evaluation.json",
+        "samples/a-cat-surfing.mp4",
+        "samples/a-cat-surfing.gif",
+        "samples/preview-rich.png",
+    ):
+        assert name in found
+
+
+@pytest.mark.slow
+def test_user_errors_are_one_line(tmp_path):
+    save_model(tmp_path, random_model().state_dict(), replace(SMALL, width=48), text_encoder="minilm")
+    good = tmp_path / "good"
+    good.mkdir()
+    save_model(good, random_model().state_dict(), SMALL, text_encoder="minilm")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "taken").write_text("")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    for argv, words in (
+        (["sample.py", ""], "the prompt is empty"),
+        (["sample.py"], "give either one prompt"),
+        (["sample.py", "a cat"], "no trained model yet"),
+        (["sample.py", "a cat", "--from", "nowhere"], "there is no checkpoint in nowhere"),
+        (["sample.py", "a cat", "--from", str(tmp_path)], "does not fit its own config"),
+        (["sample.py", "a cat", "--from", str(good), "--frames", "0"], "frames is 0"),
+        (["sample.py", "a cat", "--from", str(good), "--size", "30"], "size is 30"),
+        (["sample.py", "a cat", "--from", str(good), "--steps", "0"], "--steps is 0"),
+        (["sample.py", "a cat", "--from", str(good), "--out", "taken"], "taken"),
+        (["sample.py", "--from", str(good), "--prompts", "blank.txt"], "no prompt in blank.txt"),
+        (["train.py", "--preset", "huge"], "invalid choice"),
+        (["train.py", "--steps", "0"], "--steps is 0"),
+        (["train.py", "--quick", "--out", "taken/run"], "taken"),
+        (["train.py", "--resume"], "no run to resume"),
+        (["train.py", "--grow", "depth"], "there is no checkpoint in runs/base"),
+        (["train.py", "--device", "tpu"], "no device"),
+        (["train.py", "--quick", "--text", "no/such-model"], "cannot load the text encoder"),
+        (["evaluate.py", "nowhere"], "there is no checkpoint"),
+        (["grow.py", str(good), "--depth", "insert", "--add", "2"], "cannot insert"),
+        (["data.py", "--frames", "0"], "cannot render 0 frames"),
+    ):
+        done = command(*argv, cwd=tmp_path, HF_HUB_OFFLINE="1")
+        assert done.returncode == 2, (argv, done.stdout, done.stderr)
+        last = done.stderr.strip().splitlines()[-1]
+        assert words in last and "error: " in last and "Traceback" not in done.stderr, (argv, done.stderr)
+        assert done.stderr.count("\n") == 1 or "usage:" in done.stderr or "clips" in done.stderr, done.stderr
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
