@@ -35,7 +35,7 @@ from text_encoder import NULL_PROMPT, TextEncoder
 
 START = time.perf_counter()
 FPS = 8  # a clip of 8 frames lasts a second
-STEPS, GUIDANCE = 10, 3.0
+STEPS, GUIDANCE = 10, 2.0
 
 
 @torch.no_grad()
