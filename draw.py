@@ -219,27 +219,25 @@ def layout(scene, frames):
         slots[:2] = slots[1::-1]
     instances = []
     for (cx, cy), actor in zip(slots, scene.actors, strict=False):
-        u = rng.random(8)
+        u = rng.random(4)
         size = (0.44 + 0.08 * u[0]) if single else 0.27 + 0.04 * u[0]
         reach = 0.48 if single else 0.2  # how far a motion goes from its centre
-        wander = (0.3, 0.25) if single else (0.06, 0.06)
+        wander = (0.2, 0.15) if single else (0.06, 0.06)
         x = np.full(frames, cx + wander[0] * (2 * u[1] - 1))
         y = np.full(frames, cy + wander[1] * (2 * u[2] - 1))
         angle = np.zeros(frames)
-        mirror = 1.0 if u[3] < 0.5 else -1.0
-        wave = 6.28 * u[4]
+        mirror = -1.0 if actor.motion == "left" else 1.0  # whoever does not move left faces right
+        wave = 6.28 * u[3]
         if actor.motion in ("left", "right"):
-            mirror = 1.0 if actor.motion == "right" else -1.0
             x = x * (0.5 if single else 1) + mirror * reach * (2 * s - 1)
         elif actor.motion in ("up", "down"):
             y = y * 0.5 * single + cy + (1 if actor.motion == "down" else -1) * reach * (2 * s - 1)
         elif actor.motion == "bounce":
-            y = cy + reach - 1.7 * reach * np.abs(np.sin(2 * np.pi * s + np.pi * u[5]))
+            y = cy + reach - 1.7 * reach * np.abs(np.sin(2 * np.pi * s))
         elif actor.motion == "spin":
-            angle = 2 * np.pi * s * mirror * (frames / (frames + 1))
+            angle = 2 * np.pi * s * frames / (frames + 1)
         elif actor.motion == "surf":
             x = x * 0.5 + cx * 0.5 + 0.5 * reach * (2 * s - 1)
-            mirror = 1.0
             surface, slope = sea(x, s, wave, cy)
             angle = np.arctan(slope)
             y = surface - 0.92 * size

@@ -338,20 +338,22 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
     add("--data", choices=("basic", "rich"), help="set of clips [basic; rich for a grown model]")
     add("--captions", choices=("short", "detailed"), help="[short for basic, detailed for rich]")
-    add("--clips", type=int, help="clips in the training set, rendered once [16384]")
+    add(
+        "--clips", type=int, help="clips in the training set [16384; 4096 rich ones, whose captions are long]"
+    )
     add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
     add = parser.add_argument_group("growth").add_argument
     add("--grow", choices=("depth",), help="grow the base first; depth: insert zero-gated copies of blocks")
     add("--add", type=int, help="blocks to insert [as many as there are, which doubles the depth]")
     add("--from", dest="base", help="run or checkpoint to go on from [runs/base if growing, else none]")
     add = parser.add_argument_group("how long and how").add_argument
-    add("--steps", type=int, help="optimiser steps [5600; 1500 for a grown model]")
+    add("--steps", type=int, help="optimiser steps [6000; 1200 for a grown model]")
     add("--minutes", type=float, help="end by the clock instead, with the full learning-rate decay [off]")
     add("--batch", type=int, help="clips per step [32]")
     add("--lr", type=float, help="peak learning rate [3e-3 at width 128, less with the root of the width]")
     add("--warmup", type=int, default=100, help="steps from no learning rate to the peak [100]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [0]")
-    add("--every", type=int, help="steps between samples, validation and checkpoint [1400]")
+    add("--every", type=int, help="steps between samples, validation and checkpoint [1500]")
     add("--quick", action="store_true", help="see that everything works: seconds, nothing learned [off]")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory [runs/base; runs/BASE-depth for a grown model]")
@@ -370,8 +372,9 @@ def parse_arguments(argv=None):
             raise FileNotFoundError(f"there is no run to resume in {args.out}")
         return parser.parse_args(argv, argparse.Namespace(**json.loads(saved.read_text())))
     data = "rich" if args.grow else "basic"
-    usual = {"preset": "tiny", "data": data, "clips": 16384, "batch": 32, "every": 1400, "base": base}
-    usual |= {"steps": 1500 if args.grow else 5600, "compile": any(map(shutil.which, ("g++", "clang++")))}
+    usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
+    usual["clips"] = 4096 if (args.data or data) == "rich" else 16384
+    usual |= {"steps": 1200 if args.grow else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
     if args.quick:
         usual |= {"preset": "nano", "clips": 256, "batch": 8, "every": 10, "steps": 20, "compile": False}
     usual["captions"] = "detailed" if (args.data or data) == "rich" else "short"
