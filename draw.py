@@ -368,7 +368,9 @@ def save_grid(path: Path | str, videos, labels, columns: int = 8, tile: int = 16
     pixels."""
     count, frames, size = videos.shape[:3]
     factor = max(1, tile // size)
-    tile, text_height, gap = factor * size, 42, 6
+    tile, gap = factor * size, 6
+    lines = [textwrap.wrap(label, max(8, tile // 6)) for label in labels]
+    text_height = 13 * max(map(len, lines)) + 6
     rows = math.ceil(count / columns)
     pages = []
     for t in range(frames) if str(path).endswith(".gif") else [frames // 2]:
@@ -376,12 +378,11 @@ def save_grid(path: Path | str, videos, labels, columns: int = 8, tile: int = 16
             "RGB", (columns * (tile + gap) + gap, rows * (tile + text_height + gap) + gap), "white"
         )
         draw = ImageDraw.Draw(page)
-        for i, (video, label) in enumerate(zip(videos, labels, strict=True)):
+        for i, (video, label) in enumerate(zip(videos, lines, strict=True)):
             x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + text_height + gap)
             page.paste(Image.fromarray(np.asarray(video[t])).resize((tile, tile), Image.NEAREST), (x, y))
-            lines = textwrap.wrap(label, max(8, tile // 6))
             draw.multiline_text(
-                (x + 2, y + tile + 2), "\n".join(lines[:3]), fill="black", font_size=11, spacing=1
+                (x + 2, y + tile + 2), "\n".join(label), fill="black", font_size=11, spacing=1
             )
         pages.append(page)
     pages[0].save(path, save_all=len(pages) > 1, append_images=pages[1:], duration=125, loop=0)
