@@ -26,6 +26,7 @@ import argparse
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -231,8 +232,11 @@ def main(argv=None):
                 )
             written += list(to_uint8(clips))
     lap("sampling")
-    for (prompt, number), frames_of_clip in zip(jobs, written, strict=True):
-        path = out / (file_name(prompts[prompt]) + (f"-{number + 1}" if args.num > 1 else ""))
+    used = Counter()
+    for (prompt, _), frames_of_clip in zip(jobs, written, strict=True):
+        name = file_name(prompts[prompt])
+        used[name] += 1  # a second video of one name is name-2, and none is lost
+        path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
         write_video(path, frames_of_clip)
         print(f"{path}.mp4  {path}.gif")
     lap("files")

@@ -813,10 +813,12 @@ def command(*argv, cwd, **environment):
 @pytest.mark.slow
 def test_train_grow_sample_evaluate(tmp_path):
     """The README's commands with --quick, with the real text encoder, in an empty folder."""
+    (tmp_path / "prompts.txt").write_text("A dog!\na dog\n\nred ball\n")
     for argv in (
         ["train.py", "--quick"],
         ["train.py", "--quick", "--grow", "depth"],
         ["sample.py", "a cat surfing", "--steps", "3"],
+        ["sample.py", "--prompts", "prompts.txt", "--num", "2", "--steps", "2"],
         ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
         ["data.py", "--data", "rich", "--size", "32"],
         ["text_encoder.py", "a cat surfing"],
@@ -833,6 +835,10 @@ def test_train_grow_sample_evaluate(tmp_path):
         "runs/base/evaluation.json",
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
+        *(
+            f"samples/{name}.mp4"
+            for name in ("a-dog", "a-dog-2", "a-dog-3", "a-dog-4", "red-ball", "red-ball-2")
+        ),
         "samples/preview-rich.png",
     ):
         assert name in found
