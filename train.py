@@ -334,6 +334,11 @@ def parse_arguments(argv=None):
         description="Train a text-to-video model on the toy world, or grow a trained one and go on. "
         "In brackets: what holds when an option is not given."
     )
+
+    def fail(message):  # as every other error: one line, without the usage
+        raise ValueError(f"{message}; see `python train.py --help`")
+
+    parser.error = fail
     add = parser.add_argument_group("what to train").add_argument
     add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
     add("--data", choices=("basic", "rich"), help="set of clips [basic; rich for a grown model]")
