@@ -26,27 +26,30 @@ learns; zero two and it is dead for ever.
 **Positions.** Rotary, in 3-D: the pairs of a head's channels are split between time, height and width, and
 rotated by position times frequency, so that q k^T depends on differences. Rotations say nothing about where a
 *single* token is, so fixed sines and cosines of its place are added once after the embedding (a sky is
-above). Neither has parameters, so a model runs at any number of frames and any size.
+above); this code has the channels of one head and repeats from head to head. Neither has parameters, so a
+model runs at any number of frames and any size, and neither changes when heads are added.
 
 **Norms have no parameters**: LayerNorm on tokens, RMSNorm on each head of q and k (qk-norm). Scale and shift
 come from adaLN anyway, and without per-channel parameters the width can be doubled exactly (grow.py).
+
+**Adapters.** If lora_rank > 0 each linear map of attention and MLP has a low-rank one beside it (LoRA, arXiv
+2106.09685): W x + B A x, A (rank, in) random, B (out, rank) zero at first. The usual factor alpha / rank is
+left out; it is a learning rate.
 
 Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, split spatial and temporal attention (full
 attention is affordable here), adaLN-single, dropout, and any form of registry or base class.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from attention import attention
+
+TIME_DIM = 128  # sines and cosines of t; with 256 the loss near t = 1, rarely drawn, grew during training
 
 
 def check_shape(config: "DiTConfig", frames: int, size: int):
@@ -70,12 +73,16 @@ class DiTConfig:
     mlp_ratio: int = 4  # hidden channels of the MLP over width
     text_dim: int = 384  # channels of the text encoder's features (MiniLM: 384)
     llm_dim: int = 0  # channels of the LLM's features; 0: no LLM branch
+    lora_rank: int = 0  # of the adapters on attention and MLP; 0: none
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or not (0 if field.name == "llm_dim" else 1) <= value <= 65536:
-                raise ValueError(f"{field.name} is {value!r}; it must be a whole number from 1 to 65536")
+            least = 0 if field.name in ("llm_dim", "lora_rank") else 1
+            if type(value) is not int or not least <= value <= 65536:
+                raise ValueError(
+                    f"{field.name} is {value!r}; it must be a whole number from {least} to 65536"
+                )
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
         check_shape(self, self.frames, self.size)
@@ -94,14 +101,16 @@ class DiTConfig:
         matrix product, nothing else counted. Prompts of L tokens each."""
         N, D, R = self.tokens(), self.width, self.mlp_ratio
         contexts = [(text_length, self.text_dim)] + ([(llm_length, self.llm_dim)] if self.llm_dim else [])
-        block = N * D * D * (4 + 2 * R) + 2 * N * N * D  # self-attention and MLP
-        block += sum(2 * (N + L) * D * D + 2 * N * L * D for L, _ in contexts)  # cross-attention
+
+        def linear(tokens, a, b):
+            return tokens * (a * b + self.lora_rank * (a + b))
+
+        block = linear(N, D, 3 * D) + 2 * N * N * D + linear(N, D, D)  # self-attention
+        block += sum(2 * linear(N, D, D) + linear(L, D, 2 * D) + 2 * N * L * D for L, _ in contexts)
+        block += linear(N, D, R * D) + linear(N, R * D, D)  # MLP
         block += D * 3 * D * (2 + len(contexts))  # adaLN
-        embed = (
-            2 * N * self.patch_dim * D
-            + sum(L * (dim + D) * D for L, dim in contexts)
-            + (min(D, 256) + 3 * D) * D
-        )
+        embed = 2 * N * self.patch_dim * D + sum(L * (dim + D) * D for L, dim in contexts)
+        embed += (TIME_DIM + 3 * D) * D
         return 2 * (self.depth * block + embed)
 
 
@@ -165,14 +174,28 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+class Linear(nn.Linear):
+    """A linear map, and if `rank` > 0 its adapter: W x + bias + B A x."""
+
+    def __init__(self, width_in, width_out, rank=0):
+        super().__init__(width_in, width_out)
+        self.lora_a = nn.Parameter(torch.empty(rank, width_in)) if rank else None
+        self.lora_b = nn.Parameter(torch.empty(width_out, rank)) if rank else None
+
+    def forward(self, x):
+        """(..., width_in) -> (..., width_out)."""
+        y = super().forward(x)
+        return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
 class SelfAttention(nn.Module):
     """All tokens of a clip look at each other."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, rank):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, rank)
+        self.proj = Linear(width, width, rank)
 
     def forward(self, x, rope):
         """x (B, N, D), rope from `rope_angles` -> (B, N, D)."""
@@ -186,12 +209,12 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Tokens of the clip look at tokens of the prompt."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, rank):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width, rank)
+        self.kv = Linear(width, 2 * width, rank)
+        self.proj = Linear(width, width, rank)
 
     def forward(self, x, context, mask):
         """x (B, N, D), context (B, L, D), mask (B, L) -> (B, N, D)."""
@@ -205,10 +228,10 @@ class CrossAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with a GELU between, for each token alone."""
 
-    def __init__(self, width_in, hidden, width_out):
+    def __init__(self, width_in, hidden, width_out, rank=0):
         super().__init__()
-        self.up = nn.Linear(width_in, hidden)
-        self.down = nn.Linear(hidden, width_out)
+        self.up = Linear(width_in, hidden, rank)
+        self.down = Linear(hidden, width_out, rank)
 
     def forward(self, x):
         """(..., width_in) -> (..., width_out)."""
@@ -221,22 +244,21 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        D = config.width
-        self.attn = SelfAttention(D, config.heads)
-        self.cross = CrossAttention(D, config.heads)
-        self.cross_llm = CrossAttention(D, config.heads) if config.llm_dim else None
-        self.mlp = MLP(D, config.mlp_ratio * D, D)
-        self.adaln = nn.Linear(
-            D, 3 * D * (4 if config.llm_dim else 3)
-        )  # (shift, scale, gate) per branch, in order
+        D, heads, rank = config.width, config.heads, config.lora_rank
+        self.attn = SelfAttention(D, heads, rank)
+        self.cross = CrossAttention(D, heads, rank)
+        self.mlp = MLP(D, config.mlp_ratio * D, D, rank)
+        self.adaln = nn.Linear(D, 9 * D)  # (shift, scale, gate) of attn, cross and mlp, in this order
+        self.cross_llm = CrossAttention(D, heads, rank) if config.llm_dim else None
+        self.adaln_llm = nn.Linear(D, 3 * D) if config.llm_dim else None  # its own, since it comes later
 
     def forward(self, x, c, rope, text, text_mask, llm=None, llm_mask=None):
         """x (B, N, D), c (B, D) embedded time, text and llm (B, L, D) with masks (B, L) -> (B, N, D)."""
-        branches = [lambda h: self.attn(h, rope), lambda h: self.cross(h, text, text_mask)]
+        branches = [lambda h: self.attn(h, rope), lambda h: self.cross(h, text, text_mask), self.mlp]
+        modulation = list(self.adaln(c).unflatten(-1, (3, 3, 1, -1)).unbind(1))  # each (B, 3, 1, D)
         if self.cross_llm is not None:
-            branches.append(lambda h: self.cross_llm(h, llm, llm_mask))
-        branches.append(self.mlp)
-        modulation = self.adaln(c).unflatten(-1, (len(branches), 3, 1, -1)).unbind(1)  # each (B, 3, 1, D)
+            branches.insert(2, lambda h: self.cross_llm(h, llm, llm_mask))
+            modulation.insert(2, self.adaln_llm(c).unflatten(-1, (3, 1, -1)))
         for branch, (shift, scale, gate) in zip(branches, (m.unbind(1) for m in modulation), strict=True):
             x = x + gate * branch(layer_norm(x) * (1 + scale) + shift)
         return x
@@ -250,7 +272,7 @@ class DiT(nn.Module):
         self.config = config
         D = config.width
         self.patch_embed = nn.Linear(config.patch_dim, D)
-        self.time_embed = MLP(min(D, 256), D, D)
+        self.time_embed = MLP(TIME_DIM, D, D)
         self.text_embed = MLP(config.text_dim, D, D)
         self.llm_embed = MLP(config.llm_dim, D, D) if config.llm_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -259,13 +281,13 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for every linear map, zero for biases, adaLN maps and the output. Fails on an unknown
-        parameter."""
+        """Xavier for every linear map, zero for biases, adaLN maps, the output and the second half of
+        adapters. Fails on an unknown parameter."""
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]
-            if kind == "bias" or "adaln" in name or name == "final.weight":
+            if kind in ("bias", "lora_b") or "adaln" in name or name == "final.weight":
                 nn.init.zeros_(parameter)
-            elif kind == "weight" and parameter.ndim == 2:
+            elif kind in ("weight", "lora_a") and parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
             else:
                 raise ValueError(f"no rule to initialise {name}")
@@ -284,12 +306,11 @@ class DiT(nn.Module):
             )
         x, grid = patchify(x_t, config)  # (B, N, patch_dim)
         positions = grid_positions(*grid, x.device)  # (N, 3)
-        place = torch.cat(
-            [sincos(positions[:, i], n) for i, n in enumerate(split_in_3(config.width))], -1
-        )  # (N, D)
-        x = self.patch_embed(x) + place.to(x.dtype)  # (B, N, D)
-        c = F.silu(self.time_embed(sincos(1000 * t, self.time_embed.up.in_features).to(x.dtype)))  # (B, D)
-        rope = rope_angles(positions, config.width // config.heads)
+        head_dim = config.width // config.heads
+        place = torch.cat([sincos(positions[:, i], n) for i, n in enumerate(split_in_3(head_dim))], -1)
+        x = self.patch_embed(x) + place.repeat(1, config.heads).to(x.dtype)  # (B, N, D)
+        c = F.silu(self.time_embed(sincos(1000 * t, TIME_DIM).to(x.dtype)))  # (B, D)
+        rope = rope_angles(positions, head_dim)
         text = layer_norm(self.text_embed(layer_norm(text.to(x.dtype))))  # (B, L, D)
         if llm is not None:
             llm = layer_norm(self.llm_embed(layer_norm(llm.to(x.dtype))))  # (B, L', D)
@@ -299,10 +320,10 @@ class DiT(nn.Module):
         return unpatchify(self.final(layer_norm(x) * (1 + scale) + shift), config, grid)
 
 
-def split_in_3(width):
-    """Three even numbers that add up to `width` (or one less, if odd), the first taking what is over."""
-    third = width // 6 * 2
-    return width - 2 * third, third, third
+def split_in_3(channels):
+    """Three even numbers that add up to `channels`, an even number, the first taking what is over."""
+    third = channels // 6 * 2
+    return channels - 2 * third, third, third
 
 
 def patchify(x, config):
@@ -325,58 +346,6 @@ def unpatchify(x, config, grid):
     x = x.unflatten(-1, (3, pt, ps, ps)).unflatten(1, grid)  # (B, t, h, w, C, pt, ps, ps)
     x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # (B, C, t, pt, h, ps, w, ps)
     return x.reshape(x.shape[0], 3, grid[0] * pt, grid[1] * ps, grid[2] * ps)
-
-
-# --------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTConfig, **header):
-    """Write `directory`/model.safetensors. `header` entries (history of growth, name of the text encoder,
-    ...) are kept as JSON in the file's header, beside the config: the file alone is enough to sample."""
-    metadata = {"config": json.dumps(asdict(config)), **{k: json.dumps(v) for k, v in header.items()}}
-    save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors", metadata)
-
-
-def find_checkpoint(path: Path | str) -> Path:
-    """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is
-    none."""
-    for directory in (Path(path) / "checkpoint", Path(path), Path(path) / "checkpoint.old"):
-        if (directory / "model.safetensors").is_file():
-            return directory
-    raise FileNotFoundError(
-        f"there is no checkpoint in {path}: no model.safetensors there or in {path}/checkpoint"
-    )
-
-
-def load_model(path: Path | str) -> tuple[DiT, dict]:
-    """A run or checkpoint directory -> the model with its EMA weights, in eval mode on the CPU, and the
-    rest of the header, {"text_encoder", "history", ...}. Raises FileNotFoundError or ValueError."""
-    file = find_checkpoint(path) / "model.safetensors"
-    try:
-        with safe_open(file, "pt") as opened:
-            header = {k: json.loads(v) for k, v in (opened.metadata() or {}).items()}
-            weights = {k: opened.get_tensor(k) for k in list(opened.keys())}
-        config = DiTConfig(**header.pop("config"))
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a checkpoint of this project: {type(error).__name__} {error}"
-        ) from None
-    with torch.device("meta"):  # shapes alone: nothing is allocated before the file is known to fit
-        expected = {k: v.shape for k, v in DiT(config).state_dict().items()}
-    wrong = [
-        k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)
-    ]
-    if wrong:
-        name = min(wrong)
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name]) if name in expected else "nothing"
-        raise ValueError(
-            f"{file} does not fit its own config: {name} is {found}, not {wanted} ({len(wrong)} differ)"
-        )
-    model = DiT(config)
-    model.load_state_dict(weights)
-    return model.eval(), header
 
 
 def main():

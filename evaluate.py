@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from checkpoint import find_checkpoint, load_model
 from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyWorld, caption, make_scenes
-from dit import find_checkpoint, load_model
 from draw import places
 from sample import GUIDANCE, STEPS, autocast, newest_checkpoint, pick_device, pick_precision, solve
 from text_encoder import NULL_PROMPT, cache_dir, encode

@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dit import check_shape, load_model
+from checkpoint import load_model
+from dit import check_shape
 from text_encoder import NULL_PROMPT, TextEncoder
 
 FPS = 8  # a clip of 8 frames lasts a second

@@ -4,6 +4,7 @@ The slow ones (marked) train the real reader and run the commands as a user woul
 leaves them out.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attention as attention_module
+import checkpoint
 import data
 import dit
 import draw
@@ -32,8 +34,9 @@ import sample
 import text_encoder
 import train
 from attention import attention
+from checkpoint import Checkpoint, load_checkpoint, load_model, save_model
 from data import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, WORDS, Actor, Scene
-from dit import DiT, DiTConfig, load_model, save_model
+from dit import DiT, DiTConfig
 
 HERE = Path(__file__).parent
 SMALL = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=24, depth=3, heads=2, text_dim=12)
@@ -47,11 +50,7 @@ def private_cache(tmp_path_factory):
 
 def random_model(config=SMALL, seed=0, dtype=torch.float32):
     """A model in which every branch speaks: no weight is left at zero."""
-    torch.manual_seed(seed)
-    model = DiT(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5)
-    return model.to(dtype)
+    return grow.randomise(DiT(config), seed).to(dtype)
 
 
 def random_inputs(config=SMALL, batch=2, length=5, seed=0, dtype=torch.float32):
@@ -340,7 +339,9 @@ def test_llm_branch_reads_its_own_text():
             wrong(x, t, text, mask, *extra)
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, llm_dim=10, depth=2), dit.PRESETS["nano"]])
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, llm_dim=10, depth=2, lora_rank=3), dit.PRESETS["nano"]]
+)
 def test_flops_against_torch(config):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -543,24 +544,31 @@ def numbers(run):
     return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
 
 
+def weights_of(run):
+    """-> the weights as trained, the optimiser's state, and the EMA."""
+    tensors = load_file(run / "checkpoint" / "train_state.safetensors")
+    return tensors | {f"ema.{k}": v for k, v in load_file(run / "checkpoint" / "model.safetensors").items()}
+
+
 def test_training_is_deterministic_and_resumes_exactly(tmp_path, encoder_name, monkeypatch):
     whole, again = (run_training(tmp_path / name, encoder_name) for name in ("whole", "again"))
     assert numbers(whole) == numbers(again) and len(numbers(whole)) == 5
 
-    # A run that dies in step 17, after the checkpoint of step 10, and is resumed.
-    def dies(ema, model, step, update=train.update_ema):
-        if step == 16:
-            raise KeyboardInterrupt
-        update(ema, model, step)
+    # Runs that die in their first step, and in step 17 after the checkpoint of step 10, and are resumed.
+    for last in (0, 16):
 
-    monkeypatch.setattr(train, "update_ema", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(tmp_path / "killed", encoder_name)
-    monkeypatch.undo()
-    killed = train.train(train.parse_arguments(["--out", str(tmp_path / "killed"), "--resume"]))
-    assert numbers(killed) == numbers(whole)
-    for name in ("model.safetensors", "train_state.safetensors"):
-        a, b = load_file(killed / "checkpoint" / name), load_file(whole / "checkpoint" / name)
+        def dies(ema, model, step, update=train.update_ema, last=last):
+            if step == last:
+                raise KeyboardInterrupt
+            update(ema, model, step)
+
+        monkeypatch.setattr(train, "update_ema", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(tmp_path / f"killed-{last}", encoder_name)
+        monkeypatch.undo()
+        killed = train.train(train.parse_arguments(["--out", str(tmp_path / f"killed-{last}"), "--resume"]))
+        assert numbers(killed) == numbers(whole)
+        a, b = weights_of(killed), weights_of(whole)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert sorted(p.name for p in whole.iterdir()) == [
         "args.json",
@@ -583,7 +591,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, encoder_name, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(train, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         train.train(train.parse_arguments(["--out", str(run), "--resume", "--steps", "30"]))
     monkeypatch.undo()
@@ -591,6 +599,16 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, encoder_name, monkeypatch):
     (run / "checkpoint").rename(run / "checkpoint.old")  # as a kill between the two renames leaves it
     train.train(train.parse_arguments(["--out", str(run), "--resume", "--steps", "30"]))
     assert numbers(run)[: len(before)] == before and numbers(run)[-1]["step"] == 30
+    file = run / "checkpoint" / "train_state.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:1000], whole[:-1000], whole.replace(b"weights.final.bias", b"weights.final.bios")):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"train_state\.safetensors does not fit"):
+            load_checkpoint(run)
+    tensors = load_file(run / "checkpoint" / "model.safetensors")
+    save_file({f"weights.{k}": v for k, v in tensors.items()} | {"step.final.bias": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="does not fit its model"):
+        load_checkpoint(run)
 
 
 def test_minutes_end_the_run_with_a_decayed_rate(tmp_path, encoder_name, monkeypatch):
@@ -638,93 +656,438 @@ def test_training_learns(encoder_name):
 # grow.py
 
 
+def positions(plan):
+    """-> blocks of the base, counted from 1, copies with a minus sign."""
+    return [-(i + 1) if new else i + 1 for i, new in plan]
+
+
 @pytest.mark.parametrize(
-    "depth, add, group, expected",
-    [  # a copy is marked by a minus sign; blocks count from 1
-        (4, 4, 1, [1, -1, 2, -2, 3, -3, 4, -4]),
-        (4, 2, 2, [1, 2, -2, 3, 4, -4]),
-        (4, 1, 4, [1, 2, 3, 4, -4]),
-        (6, 4, 3, [1, 2, 3, -3, -3, 4, 5, 6, -6, -6]),
+    "depth, add, group, where, expected",
+    [
+        (4, 4, 1, "insert", [1, -1, 2, -2, 3, -3, 4, -4]),
+        (4, 2, 2, "insert", [1, 2, -2, 3, 4, -4]),
+        (4, 1, 4, "insert", [1, 2, 3, 4, -4]),
+        (6, 4, 3, "insert", [1, 2, 3, -3, -3, 4, 5, 6, -6, -6]),
+        (7, 2, 3, "insert", [1, 2, 3, 4, -4, 5, 6, 7, -7]),  # 7 = 4 + 3
+        (5, 2, 3, "insert", [1, 2, 3, 4, 5, -5, -5]),  # one group, as 5 < 2 * 3
+        (4, 6, None, "insert", [1, 2, -2, -2, 3, -3, -3, 4, -4, -4]),  # three groups share six copies
+        (4, 3, None, "insert", [1, 2, -2, 3, -3, 4, -4]),
+        (3, 2, None, "prefix", [-1, -1, 1, 2, 3]),
+        (3, 2, None, "suffix", [1, 2, 3, -3, -3]),
     ],
 )
-def test_insert_positions(depth, add, group, expected):
-    assert [-(i + 1) if new else i + 1 for i, new in grow.insert_positions(depth, add, group)] == expected
+def test_where_new_blocks_go(depth, add, group, where, expected):
+    assert positions(grow.stack(depth, add, group, where)) == expected
 
 
-def test_growth_changes_nothing():
+def test_insert_agrees_with_llama_pro():
+    """Its rule: a copy after every N / P blocks; its own model has 32 blocks and 8 new ones."""
+    new = [i for i, (_, is_new) in enumerate(grow.stack(32, 8)) if is_new]
+    assert new == [4, 9, 14, 19, 24, 29, 34, 39]
+    for depth, add in ((4, 1), (4, 2), (6, 3), (12, 4), (24, 24), (30, 5)):
+        expected = []
+        for i in range(1, depth + 1):
+            expected += [i, -i] if i % (depth // add) == 0 else [i]
+        assert positions(grow.stack(depth, add)) == expected
+        assert positions(grow.stack(depth, add, depth // add)) == expected
+
+
+def random_growth(rng, config):
+    """-> a random operator that fits `config`, and its options."""
+    depth = int(rng.integers(1, 4))
+    ways = [
+        ("depth", {"add": depth, "where": str(rng.choice(["insert", "prefix", "suffix"]))}),
+        ("depth", {"add": config.depth * depth, "group": 1}),
+        ("width", {"factor": depth + 1, "noise": 0.2}),
+        ("mlp", {"factor": depth + 1, "noise": 0.2}),
+        ("clip", {"frames": config.frames * 2}),
+        ("lora", {"rank": depth}),
+    ]
+    if not config.llm_dim:
+        ways.append(("llm", {"llm_dim": int(rng.choice([7, config.text_dim]))}))
+    operator, options = ways[rng.integers(len(ways))]
+    if operator == "depth":
+        options["zero"] = str(rng.choice(["gate", "proj", "both"]))
+    return operator, options
+
+
+def call(model, inputs, seed=0):
+    """The model on `inputs`, and on random features of an LLM if it reads them."""
+    shape = len(inputs[0]), 5, model.config.llm_dim
+    llm = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=inputs[0].dtype)
+    return model(*inputs, *((llm, torch.ones(shape[:2]).bool()) if shape[2] else ()))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_growth_changes_nothing(dtype, tolerance):
+    """Random operators on random models with random inputs, and growth of what has grown already."""
     rng = np.random.default_rng(0)
-    for trial in range(12):
-        heads, depth = int(rng.integers(1, 4)), int(rng.integers(1, 5))
-        group = int(rng.choice([g for g in range(1, depth + 1) if depth % g == 0]))
-        config = replace(SMALL, heads=heads, width=2 * heads * int(rng.integers(4, 9)), depth=depth)
-        config = replace(config, llm_dim=int(rng.integers(0, 2)) * 7)
-        base = random_model(config, trial)
-        frozen = {k: v.clone() for k, v in base.state_dict().items()}
-        grown = grow.grow_depth(base, depth // group * int(rng.integers(1, 4)), group)
-        assert grown.config.depth == len(grown.blocks) > depth
-        for dtype in (torch.float32, torch.float64):
-            x, t, text, mask = random_inputs(config, seed=trial, dtype=dtype)
-            llm = (
-                (torch.randn(2, 4, 7, dtype=dtype), torch.ones(2, 4, dtype=torch.bool))
-                if config.llm_dim
-                else ()
-            )
-            a, b = base.to(dtype)(x, t, text, mask, *llm), grown.to(dtype)(x, t, text, mask, *llm)
-            assert torch.equal(a, b) and a.std() > 0.1
-        assert all(torch.equal(v, frozen[k]) for k, v in base.float().state_dict().items())
+    used = set()
+    for trial in range(24):
+        heads = int(rng.integers(1, 4))
+        config = replace(SMALL, heads=heads, width=2 * heads * int(rng.integers(2, 9)))
+        config = replace(config, depth=int(rng.integers(1, 4)), mlp_ratio=int(rng.integers(1, 4)))
+        config = replace(config, text_dim=int(rng.integers(3, 30)), llm_dim=int(rng.integers(0, 2)) * 7)
+        model = base = random_model(config, trial, dtype)
+        kept = {name: value.clone() for name, value in base.state_dict().items()}
+        inputs = random_inputs(config, int(rng.integers(1, 4)), int(rng.integers(1, 8)), trial, dtype)
+        truth, exact = call(base, inputs), True
+        assert truth.std() > 0.1 and truth.dtype == dtype
+        while not model.config.lora_rank and model.config.depth < 9:
+            operator, options = random_growth(rng, model.config)
+            model = grow.OPERATORS[operator](model, **options)
+            used.add(operator)
+            exact &= operator not in ("width", "mlp")
+            out = call(model, inputs)
+            assert torch.equal(out, truth) if exact else (out - truth).abs().max() < tolerance, operator
+            if model.config.width > 200:
+                break
+        assert all(torch.equal(value, kept[name]) for name, value in base.state_dict().items())
+    assert used == {"depth", "width", "mlp", "clip", "lora", "llm"}
 
 
-def test_new_blocks_learn_at_once():
-    grown = grow.grow_depth(random_model(), 3)
-    new = [b for b, (_, is_new) in zip(grown.blocks, grow.insert_positions(3, 3, 1), strict=True) if is_new]
-    x, t, text, mask = random_inputs()
-    for step in range(2):
-        grown.zero_grad()
-        (grown(x, t, text, mask) - x).square().mean().backward()
-        gate = new[0].adaln.weight.grad.unflatten(0, (-1, 3, SMALL.width))[:, 2]
-        assert (gate.abs().amax((1, 2)) > 0).all(), "a gate gets no gradient at the first step"
-        if step == 0:
-            torch.optim.SGD(grown.parameters(), 0.1).step()
-    for block in new:
-        assert all(p.grad.abs().max() > 0 for p in block.parameters()), "something is dead"
-    assert any(
-        not torch.equal(p, q) for p, q in zip(new[0].parameters(), grown.blocks[0].parameters(), strict=True)
-    )
+def test_plain_stacking_is_another_function():
+    base, inputs = random_model(), random_inputs()
+    assert not torch.allclose(grow.grow_depth(base, 3, zero="none")(*inputs), base(*inputs), atol=0.1)
 
 
-@pytest.mark.parametrize("add, group", [(0, 1), (2, 2), (4, 1), (3, 0)])
-def test_impossible_growth_is_refused(add, group):
-    with pytest.raises(ValueError, match="cannot insert"):
-        grow.grow_depth(random_model(), add, group)
+def gradients(model, inputs, seed=0):
+    """-> the gradients of an arbitrary loss, by name."""
+    model.zero_grad()
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed)).to(inputs[0])
+    (call(model, inputs) * weights).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "operator, options",
+    [
+        *(("depth", {"add": 3, "zero": zero}) for zero in ("gate", "proj", "none")),
+        ("depth", {"add": 2, "where": "prefix"}),
+        ("depth", {"add": 2, "where": "suffix", "zero": "proj"}),
+        ("llm", {"llm_dim": 7}),
+        ("lora", {"rank": 3}),
+    ],
+)
+def test_what_is_new_learns_by_the_second_step(operator, options):
+    grown = grow.OPERATORS[operator](random_model(), **options)
+    new = [name for name, _ in grown.named_parameters() if name not in grown.kept]
+    inputs = random_inputs()
+    optimiser = torch.optim.SGD(grown.parameters(), 0.1)
+    gradients(grown, inputs)
+    optimiser.step()
+    found = gradients(grown, inputs)
+    assert new and all(found[name].abs().max() > 0 for name in new)
+    if operator == "depth":  # neighbours with equal weights, two copies or a copy and its original, part
+        name = max(name for name in new if name.endswith("mlp.up.weight"))
+        neighbour = re.sub(r"\d", lambda digit: str(int(digit[0]) - 1), name, count=1)
+        assert not torch.equal(found[name], found[neighbour])
+
+
+def test_what_is_zeroed_twice_is_dead():
+    grown = grow.grow_depth(random_model(), 3, zero="both")
+    new = {n: p.detach().clone() for n, p in grown.named_parameters() if n not in grown.kept}
+    optimiser, inputs = torch.optim.Adam(grown.parameters(), 0.01), random_inputs()
+    for _ in range(10):
+        found = gradients(grown, inputs)
+        assert all((found[name] == 0).all() for name in new)
+        optimiser.step()
+    assert new and all(torch.equal(grown.get_parameter(name), value) for name, value in new.items())
+
+
+@pytest.mark.parametrize("operator", ["width", "mlp"])
+def test_noise_alone_tells_duplicates_apart(operator):
+    """Equal halves have equal gradients, so Adam keeps them equal; with noise they go separate ways."""
+    apart = {}
+    for noise in (0.0, 0.1):
+        grown = grow.OPERATORS[operator](random_model(dtype=torch.float64), noise=noise)
+        optimiser, inputs = torch.optim.Adam(grown.parameters(), 0.01), random_inputs(dtype=torch.float64)
+        for step in range(21):
+            biases = [p for n, p in grown.named_parameters() if n.endswith("up.bias") and "blocks" in n]
+            halves = [b.unflatten(0, (-1, 2, SMALL.width)) for b in biases]  # runs of D channels, each twice
+            apart[noise, step] = max((h[:, 0] - h[:, 1]).abs().max().item() for h in halves)
+            gradients(grown, inputs, step)
+            optimiser.step()
+    assert apart[0.0, 0] == apart[0.1, 0] == 0
+    assert apart[0.0, 20] < 1e-9 and apart[0.1, 20] > 0.01
+
+
+def training_state(model, moments, **header):
+    """A checkpoint in memory, whose EMA has drifted from its weights."""
+    ema = random_model(model.config, 1, next(model.parameters()).dtype)
+    return Checkpoint(model, ema, moments, {"text_encoder": "minilm", **header}, {"step": 40})
+
+
+@pytest.mark.parametrize(
+    "operator, options",
+    [
+        ("depth", {"add": 3}),
+        ("depth", {"add": 3, "zero": "proj", "where": "prefix"}),
+        ("width", {"factor": 3, "noise": 0.0}),
+        ("mlp", {"noise": 0.0}),
+        ("llm", {"llm_dim": 7}),
+        ("clip", {"frames": 8}),
+    ],
+)
+def test_moments_are_those_that_the_grown_model_would_have(operator, options):
+    """exp_avg is a mean of gradients, so it has to become what gradients become: compared with autograd."""
+    base, inputs = random_model(dtype=torch.float64), random_inputs(dtype=torch.float64)
+    moments = {
+        name: {"step": torch.tensor(40.0), "exp_avg": g, "exp_avg_sq": g**2}
+        for name, g in gradients(base, inputs).items()
+    }
+    start = training_state(base, moments)
+    grown = grow.grow_state(start, operator, **options)
+    truth = gradients(grown.model, inputs)
+    assert grown.moments.keys() == grown.model.kept.keys()  # and new ones have none: they begin at step 0
+    for name, state in grown.moments.items():
+        assert torch.allclose(state["exp_avg"], truth[name], rtol=1e-9, atol=1e-15), name
+        assert torch.allclose(state["exp_avg_sq"], truth[name] ** 2, rtol=1e-9, atol=1e-25), name
+        assert state["step"] == 40
+    assert (call(grown.ema, inputs) - call(start.ema, inputs)).abs().max() < 1e-12
+
+
+def test_first_updates_are_not_too_long():
+    """The trap: zero moments under an old step count. What is new takes a first step of one learning rate."""
+    base, inputs = random_model(), random_inputs()
+    optimiser = torch.optim.AdamW(base.parameters(), 1e-4)
+    for _ in range(40):
+        gradients(base, inputs)
+        optimiser.step()
+    moments = {name: optimiser.state[p] for name, p in base.named_parameters()}
+    grown = grow.grow_state(training_state(base, moments), "depth", add=3)
+    longest = {}
+    for trap in (False, True):
+        model = copy.deepcopy(grown.model)
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0)
+        for name, p in model.named_parameters():
+            if name in grown.moments:
+                optimiser.state[p] = {kind: tensor.clone() for kind, tensor in grown.moments[name].items()}
+            elif trap:
+                old = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimiser.state[p] = {"step": torch.tensor(1e6), **old}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradients(model, inputs)
+        optimiser.step()
+        moved = {n: (p - before[n]).abs().max().item() / 1e-4 for n, p in model.named_parameters()}
+        longest[trap] = max(moved[n] for n in moved if n not in grown.moments)
+        assert all(optimiser.state[model.get_parameter(n)]["step"] == 41 for n in grown.moments)
+    assert longest[False] < 1.001 and longest[True] > 3
+
+
+def test_merged_adapters_compute_the_same():
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        adapted = grow.randomise(grow.add_lora(random_model(), 3)).to(dtype)
+        inputs = random_inputs(dtype=dtype)
+        merged = grow.merge_lora(adapted)
+        assert merged.config == SMALL and merged.state_dict().keys() == random_model().state_dict().keys()
+        assert (merged(*inputs) - adapted(*inputs)).abs().max() < tolerance
+    adapted = grow.add_lora(random_model(), 3)
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == {
+        n for n in adapted.state_dict() if "lora_" in n
+    }
+
+
+def test_larger_clips():
+    """What grow_clip says of exactness: all but self-attention sees a token alone."""
+    base = random_model(dtype=torch.float64)
+    grown = grow.grow_clip(base, frames=8, size=32)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), grown.parameters(), strict=True))
+    x, t, text, mask = random_inputs(grown.config, dtype=torch.float64)
+    corner = x[:, :, :4, :16, :16]
+    assert torch.equal(grown(corner, t, text, mask), base(corner, t, text, mask))
+
+    def both(model):
+        return model(x, t, text, mask)[:, :, :4, :16, :16], model(corner, t, text, mask)
+
+    assert not torch.allclose(*both(grown), atol=0.01)
+    for block in grown.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    torch.testing.assert_close(*both(grown), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "grown, message",
+    [
+        (lambda m: grow.grow_depth(m, 0), "cannot add 0 blocks"),
+        (lambda m: grow.grow_depth(m, 4, 1), "3 groups of blocks cannot share 4 copies evenly"),
+        (lambda m: grow.grow_depth(m, 3, 4), "cannot cut 3 blocks into groups of 4"),
+        (lambda m: grow.grow_depth(m, 3, 0), "cannot cut 3 blocks into groups of 0"),
+        (lambda m: grow.grow_depth(m, 3, 1, "prefix"), "prefix stacking has no groups"),
+        (lambda m: grow.grow_depth(m, 3, where="middle"), "no stacking is called 'middle'"),
+        (lambda m: grow.grow_depth(m, 3, zero="all"), "cannot zero 'all'"),
+        (lambda m: grow.grow_width(m, 1), "factor is 1"),
+        (lambda m: grow.grow_width(m, 1.5), "factor is 1.5"),
+        (lambda m: grow.grow_mlp(m, 0), "factor is 0"),
+        (lambda m: grow.grow_llm(m, 0), "llm_dim is 0"),
+        (lambda m: grow.grow_llm(grow.grow_llm(m, 5), 5), "has an LLM branch already"),
+        (lambda m: grow.grow_clip(m, size=16), "16 pixels already"),
+        (lambda m: grow.grow_clip(m, frames=7), "frames is 7"),
+        (lambda m: grow.add_lora(m, 0), "rank is 0"),
+        (lambda m: grow.add_lora(grow.add_lora(m, 2), 2), "merge them before"),
+        (lambda m: grow.grow_depth(grow.add_lora(m, 2), 3), "merge them before"),
+        (lambda m: grow.grow_width(grow.add_lora(m, 2)), "merge them before"),
+        (lambda m: grow.grow_llm(grow.add_lora(m, 2), 5), "merge them before"),
+        (lambda m: grow.merge_lora(m), "no LoRA adapters to merge"),
+        (lambda m: grow.grow_state(training_state(m, {}), "height"), "no growth is called 'height'"),
+    ],
+)
+def test_wrong_use_is_refused_by_name(grown, message):
+    with pytest.raises(ValueError, match=message):
+        grown(random_model())
+
+
+def test_history_is_a_tree_and_names_what_is_new():
+    trained = {"train": "basic", "steps": 40, "captions": "short", "tune": "all", "seed": 0}
+    state = training_state(random_model(), {}, history=[trained])
+    for operator, options in (("depth", {"add": 3}), ("width", {}), ("llm", {"llm_dim": 7})):
+        state = grow.grow_state(state, operator, **options)
+    new = {name.rsplit(".", 1)[0] for name in state.header["new"]}
+    assert {"blocks.1.attn.qkv", "blocks.3.mlp.up", "llm_embed.up", "blocks.0.cross_llm.q"} <= new
+    assert not {"blocks.0.attn.qkv", "final", "blocks.4.adaln"} & new
+    state.header["history"].append({**trained, "steps": 5, "train": "rich"})
+    state = grow.grow_state(state, "lora", rank=2)
+    assert all("lora_" in name for name in state.header["new"])  # of the last growth alone
+    assert grow.tree(state.header["history"]).splitlines() == [
+        "trained 40 steps on basic, short captions, tuning all, seed 0",
+        "└─ depth: depth 3 -> 6, add 3, where insert, zero gate",
+        "   └─ width: width 24 -> 48, heads 2 -> 4, factor 2, noise 0.1",
+        "      └─ llm: llm_dim 0 -> 7, llm_dim 7",
+        "         trained 5 steps on rich, short captions, tuning all, seed 0",
+        "         └─ lora: lora_rank 0 -> 2, rank 2",
+    ]
+
+
+def test_growth_in_the_middle_of_training_has_no_spike(encoder_name):
+    """20 steps after growth against 20 before, at one learning rate, and the first three against those of the
+    model that did not grow; plain copies show that a spike would be seen."""
+    world = data.ToyWorld("basic", 256, frames=4, size=16)
+    features = text_encoder.encode(world.captions, encoder_name)
+    torch.manual_seed(0)
+    config = replace(SMALL, width=32, text_dim=features.dim)
+
+    def steps(model, moments, first, count):
+        optimiser = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+        for name, p in model.named_parameters():
+            if name in moments:
+                optimiser.state[p] = moments[name]
+        losses = []
+        for step in range(first, first + count):
+            rows, t, noise, _ = train.random_draws(0, step, (32, 3, 4, 16, 16), len(world))
+            x, captions = world.batch(rows)
+            optimiser.zero_grad()
+            loss = train.flow_loss(model, x, *features.batch(captions, features.max_length), t, noise).mean()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        return losses, {name: optimiser.state[p] for name, p in model.named_parameters()}
+
+    model = DiT(config)
+    losses, moments = steps(model, {}, 0, 250)
+    start, before = training_state(model, moments), torch.tensor(losses[-20:])
+    continued = torch.tensor(steps(*copy.deepcopy((model, moments)), 250, 20)[0])
+    excess, first = {}, {}
+    for name, operator, options in (
+        ("depth", "depth", {"add": 3}),
+        ("width", "width", {}),
+        ("mlp", "mlp", {}),
+        ("llm", "llm", {"llm_dim": 5}),
+        ("plain", "depth", {"add": 3, "zero": "none"}),
+    ):
+        grown = grow.grow_state(copy.deepcopy(start), operator, **options)
+        if operator == "llm":
+            dim, forward = options["llm_dim"], grown.model.forward
+            ones = torch.ones(32, 4, dim), torch.ones(32, 4).bool()
+            grown.model.forward = lambda *inputs, forward=forward, ones=ones: forward(*inputs, *ones)
+        after = torch.tensor(steps(grown.model, grown.moments, 250, 20)[0])
+        excess[name] = ((after.mean() - before.mean()) / ((before.var() + after.var()) / 20).sqrt()).item()
+        first[name] = (after[:3].mean() / continued[:3].mean()).item()
+    assert excess.pop("plain") > max(excess.values()) and first.pop("plain") > 1.1
+    assert max(excess.values()) < 2, excess
+    assert max(first.values()) < 1.02, first
+
+
+def test_going_on_from_a_plateau_is_going_on(tmp_path, encoder_name):
+    """40 steps are 20 steps and 20 more, bit for bit: weights, EMA, moments, draws and learning rate."""
+    options = ["--data", "basic", "--captions", "short", "--decay", "0", "--warmup", "5", "--every", "20"]
+    whole = run_training(tmp_path / "whole", encoder_name, *options, "--steps", "40")
+    first = run_training(tmp_path / "first", encoder_name, *options, "--steps", "20")
+    rest = run_training(tmp_path / "rest", encoder_name, *options, "--steps", "20", "--from", str(first))
+    a, b = weights_of(whole), weights_of(rest)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert load_model(rest)[1]["flops"] == load_model(whole)[1]["flops"]
+    assert [e["steps"] for e in load_model(rest)[1]["history"]] == [20, 20]
+
+
+def test_what_is_tuned(tmp_path, encoder_name):
+    base = run_training(tmp_path / "base", encoder_name)
+    old, _ = load_model(base)
+    for tune, operator, way in (("new", "depth", {"add": 2}), ("lora", "lora", {"rank": 2})):
+        argv = ["--from", str(base), "--tune", tune, "--add", "2", "--rank", "2"]
+        argv += ["--grow", "depth"] if operator == "depth" else []
+        run = run_training(tmp_path / tune, encoder_name, *argv)
+        stopped = run_training(tmp_path / f"{tune}-stopped", encoder_name, *argv, "--steps", "10")
+        # A resumed run trains the same parameters; without decay it would be the same run.
+        train.train(train.parse_arguments(["--resume", "--out", str(stopped), "--steps", "20"]))
+        start = grow.grow_state(load_checkpoint(base), operator, **way)
+        for directory in (run, stopped):
+            grown, header = load_model(directory)
+            moved = {n for n, p in grown.named_parameters() if not torch.equal(p, start.ema.get_parameter(n))}
+            assert moved and moved <= set(start.header["new"]) == set(header["new"])
+            assert header["history"][-1]["tune"] == tune
+            state = load_checkpoint(directory)
+            assert state.moments.keys() == set(header["new"])
+            for name, source in start.model.kept.items():
+                assert torch.equal(state.model.get_parameter(name), old.get_parameter(source))
+    merged = grow.merge_lora(load_model(tmp_path / "lora")[0])
+    inputs = random_inputs(merged.config)
+    torch.testing.assert_close(merged(*inputs), load_model(tmp_path / "lora")[0](*inputs), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        run_training(tmp_path / "nothing", encoder_name, "--from", str(base), "--tune", "new")
 
 
 def test_growing_a_run(tmp_path, encoder_name, capsys):
     base = run_training(tmp_path / "base", encoder_name, "--steps", "40")
-    grown = run_training(
-        tmp_path / "grown",
-        encoder_name,
-        "--grow",
-        "depth",
-        "--from",
-        str(base),
-        "--steps",
-        "60",
-        "--lr",
-        "3e-3",
-    )
+    options = ["--from", str(base), "--steps", "60", "--lr", "3e-3"]
+    grown = run_training(tmp_path / "grown", encoder_name, "--grow", "depth,mlp", *options)
     first = numbers(grown)[0]
-    assert first["loss_before_growth"] == first["loss_after_growth"]
+    assert first["loss_before_growth"] == pytest.approx(first["loss_after_growth"], rel=1e-6)
     val = [n["val_loss"] for n in numbers(grown) if "val_loss" in n]
     assert val[-1] < 0.9 * val[0]
     model, header = load_model(grown)
-    assert model.config.depth == 8 and header["history"][0]["depth"] == [4, 8]
+    assert (model.config.depth, model.config.mlp_ratio) == (8, 8)
+    assert [event.get("grow") for event in header["history"]] == [None, "depth", "mlp", None]
     assert header["flops"] > load_model(base)[1]["flops"] > 0
 
-    grow.main(
-        [str(base), "--depth", "insert", "--add", "2", "--group", "2", "--out", str(tmp_path / "by-hand")]
+    # By hand: grow without training, then go on.
+    by_hand = tmp_path / "by-hand"
+    capsys.readouterr()
+    grow.main([str(base), "--depth", "insert", "--add", "6", "--group", "2", "--out", str(by_hand)])
+    printed = capsys.readouterr().out
+    assert (
+        re.search(r"\| depth +\| 10 x 64 .*\| 0 +\| 0 +\|\n", printed)
+        and "└─ depth: depth 4 -> 10" in printed
     )
-    assert re.findall(r"float\d\d: (\S+)", capsys.readouterr().out) == ["0", "0"]
-    assert load_model(tmp_path / "by-hand")[0].config.depth == 6
+    state = load_checkpoint(by_hand)
+    assert state.model.config.depth == state.ema.config.depth == 10
+    assert {float(m["step"]) for m in state.moments.values()} == {40} and len(state.header["new"]) == 6 * 16
+    assert state.moments.keys() == {n for n, _ in state.model.named_parameters()} - set(state.header["new"])
+    more = run_training(
+        tmp_path / "more", encoder_name, "--from", str(by_hand), "--size", "64", "--frames", "4"
+    )
+    steps = {name: int(m["step"]) for name, m in load_checkpoint(more).moments.items()}
+    assert {steps[n] for n in state.header["new"]} == {20} and steps["final.weight"] == 60
+    assert (load_model(more)[0].config.frames, load_model(more)[0].config.size) == (4, 64)
+    with pytest.raises(ValueError, match="is there already"):
+        grow.main([str(base), "--width", "2", "--out", str(by_hand)])
+    capsys.readouterr()
+    grow.main([str(more)])
+    assert [line.strip()[:9] for line in capsys.readouterr().out.splitlines()] == [
+        "trained 4",
+        "└─ depth:",
+        "└─ clip: ",
+        "trained 2",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -823,6 +1186,8 @@ def test_train_grow_sample_evaluate(tmp_path):
         ["data.py", "--data", "rich", "--size", "32"],
         ["text_encoder.py", "a cat surfing"],
         ["dit.py"],
+        ["grow.py", "runs/base-depth", "--width", "2", "--llm", "5"],
+        ["grow.py", "--table"],
     ):
         done = command(*argv, cwd=tmp_path)
         assert done.returncode == 0, (argv, done.stderr)
@@ -896,7 +1261,13 @@ def test_user_errors_are_one_line(tmp_path):
         (["train.py", "--device", "tpu"], "no device"),
         (["train.py", "--quick", "--text", "no/such-model"], "cannot load the text encoder"),
         (["evaluate.py", "nowhere"], "there is no checkpoint"),
-        (["grow.py", str(good), "--depth", "insert", "--add", "2"], "cannot insert"),
+        (["grow.py", str(good), "--depth", "insert", "--add", "4", "--group", "1"], "cannot share"),
+        (["grow.py", str(good), "--add", "2"], "are for --depth"),
+        (["grow.py"], "name a run or checkpoint"),
+        (["grow.py", str(good), "--width", "2", "--out", "taken"], "is there already"),
+        (["train.py", "--grow", "height"], "no growth is called 'height'"),
+        (["train.py", "--grow", "depth", "--tune", "lora"], "would stay silent"),
+        (["train.py", "--decay", "2"], "--decay is 2"),
         (["data.py", "--frames", "0"], "cannot render 0 frames"),
     ):
         done = command(*argv, cwd=tmp_path, HF_HUB_OFFLINE="1")

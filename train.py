@@ -17,9 +17,13 @@ them.
 functions of (seed, step) alone. There is no generator state to save: a run that was killed and resumed draws
 what it would have drawn.
 
-**A run** is a directory: checkpoint/ (model.safetensors with the EMA weights; train_state.* to go on from),
-metrics.jsonl, loss.png, samples/step_N.gif, args.json. A checkpoint is written beside and renamed. No pickle
-anywhere.
+**Going on from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and AdamW moments along
+and counts its steps. The learning rate starts where that run left it: one that had decayed warms up again,
+one that was stopped on its plateau goes on as if nothing had happened. What is frozen (`--tune new`, the rule
+of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it any more.
+
+**A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
+args.json.
 
 Differences from big trainers: one process, no configuration files, no logger but a file of JSON lines.
 """
@@ -35,17 +39,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from data import ToyWorld, save_grid
-from dit import PRESETS, DiT, find_checkpoint, load_model, save_model
-from grow import grow_depth
+from dit import PRESETS, DiT
+from grow import grow_state, tree
 from sample import autocast, pick_device, pick_precision, solve, to_uint8
 from text_encoder import NULL_PROMPT, encode
 
 START = time.perf_counter()
-T_BINS = 8  # slices of [0, 1) for the validation loss
+T_BINS = 8  # slices of the times, equally likely in training, for the validation loss
+TUNE = ("all", "new", "lora")
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or words not in training
     "a red cat moving left in a meadow",
@@ -71,27 +76,34 @@ def flow_loss(model, x, text, text_mask, t, noise):
     return ((predicted.float() - x) / (1 - s).clamp_min(0.05)).square().mean((1, 2, 3, 4))
 
 
+def time_of(normal):
+    """Standard normal numbers -> logit-normal times in (0, 1): sigmoid(N(-0.8, 0.8))."""
+    return torch.sigmoid(-0.8 + 0.8 * normal)
+
+
 def random_draws(seed, step, shape, count):
     """All that is random in step `step` of a run: B row numbers below `count`, logit-normal times (B,), noise
     of `shape` (B, 3, T, H, W), and which captions to drop (B,) bool."""
     generator = torch.Generator().manual_seed(seed * 1_000_000_007 + step)
     rows = torch.randint(count, shape[:1], generator=generator)
-    t = torch.sigmoid(-0.8 + 0.8 * torch.randn(shape[0], generator=generator))
+    t = time_of(torch.randn(shape[0], generator=generator))
     noise = torch.randn(shape, generator=generator)
     return rows, t, noise, torch.rand(shape[0], generator=generator) < 0.1
 
 
 @torch.no_grad()
 def validation_loss(model, world, features, precision=None):
-    """The loss on every clip of `world` at fixed times and noise -> (T_BINS,), means over equal slices of [0,
-    1): which part of the way from noise to clip is hard. `precision` is the autocast type, None for
-    float32."""
+    """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,), means
+    over equally likely slices of the times: which part of the way from noise to clip is hard. `precision` is
+    the autocast type, None for float32."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     losses = []
     for rows in torch.arange(len(world)).split(64):
         x, captions = world.batch(rows)
-        t = (rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS
+        t = time_of(
+            torch.special.ndtri((rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS)
+        )
         noise = torch.randn(x.shape, generator=generator)
         inputs = [v.to(device) for v in (x, *features.batch(captions), t, noise)]
         with autocast(device, precision):
@@ -108,51 +120,15 @@ def update_ema(ema, model, step, decay=0.998):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def learning_rate(peak, step, progress, warmup, decay=0.3):
-    """Warm-up over `warmup` steps, a plateau, and a straight line to zero over the last `decay` of the run;
-    `progress` is the share of the run that is over, in [0, 1]."""
-    return peak * min(1.0, (step + 1) / warmup) * min(1.0, (1 - progress) / decay)
+def learning_rate(peak, step, progress, warmup, decay=0.3, start=0.0):
+    """From `start` to the peak over `warmup` steps, a plateau, and a straight line to zero over the last
+    `decay` of the run; `progress` is the share of the run that is over, in [0, 1]."""
+    rate = start + (peak - start) * min(1.0, (step + 1) / warmup)
+    return rate * min(1.0, (1 - progress) / decay) if decay else rate
 
 
 # --------------------------------------------------------------------------------------------------------
 # Files of a run
-
-
-def save_checkpoint(run: Path, model, ema, optimiser, header, state):
-    """Write run/checkpoint whole or not at all: beside it, then renamed. A kill between the two renames
-    leaves checkpoint.old, which `find_checkpoint` takes."""
-    new, old, final = run / "checkpoint.new", run / "checkpoint.old", run / "checkpoint"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_model(new, ema.state_dict(), ema.config, **header)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"weights.{name}"] = parameter.detach()
-        for key, value in optimiser.state[parameter].items():  # step, exp_avg, exp_avg_sq
-            tensors[f"{key}.{name}"] = value
-    save_file(tensors, new / "train_state.safetensors")
-    (new / "train_state.json").write_text(json.dumps(state, indent=1))
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(run: Path, model, ema, optimiser) -> dict:
-    """Put the state of run/checkpoint into model, ema and optimiser -> what `state` was when it was saved."""
-    directory = find_checkpoint(run)
-    saved, _ = load_model(directory)
-    ema.load_state_dict(saved.state_dict())
-    tensors = load_file(directory / "train_state.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"weights.{name}"])
-            optimiser.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return json.loads((directory / "train_state.json").read_text())
 
 
 def plot_losses(run: Path, records):
@@ -169,16 +145,14 @@ def plot_losses(run: Path, records):
         if "val_loss_by_t" in r
     ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.plot(*zip(*train, strict=True), alpha=0.6, label="training (times drawn as in training)")
-    left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation of the EMA (times uniform)")
+    left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
+    left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
     left.set(xlabel="step", ylabel="velocity loss", yscale="log")
     left.legend()
+    times = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
     for i, (step, _, by_t) in enumerate(val):
         shade = 0.15 + 0.75 * (i + 1) / len(val)
-        right.plot(
-            [(b + 0.5) / T_BINS for b in range(T_BINS)], by_t, color=str(1 - shade), label=f"step {step}"
-        )
-    right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
+        right.plot(times, by_t, color=str(1 - shade), label=f"step {step}")
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(run / "loss.png", dpi=100)
@@ -189,19 +163,34 @@ def plot_losses(run: Path, records):
 # The loop
 
 
-def starting_point(args, run):
-    """The model to train and the header of its checkpoints: resumed, grown, continued or new. `model` is None
-    for a new one, whose config waits for the text encoder."""
+def starting_point(args, run) -> Checkpoint | None:
+    """What to go on from: the run itself, or another, grown if that is wanted; None for a new model."""
     if args.resume:
-        return load_model(run)
+        return load_checkpoint(run)
     if not args.base:
-        return None, {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
-    base, header = load_model(args.base)
-    if args.text not in (None, header["text_encoder"]):
-        raise ValueError(f"{args.base} was trained with --text {header['text_encoder']}, not {args.text}")
-    model = grow_depth(base, args.add or base.config.depth) if args.grow else base
-    event = {"from": str(args.base), "grow": args.grow, "depth": [base.config.depth, model.config.depth]}
-    return model, {**header, "history": [*header["history"], event]}
+        return None
+    start = load_checkpoint(args.base)
+    if args.text not in (None, start.header["text_encoder"]):
+        raise ValueError(f"{args.base} was trained with --text {start.header['text_encoder']}")
+    for operator in filter(None, (args.grow or "").split(",")):
+        options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
+        start = grow_state(start, operator, **options)
+    clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
+    if clip:
+        start = grow_state(start, "clip", **clip)
+    if args.tune == "lora" and not start.model.config.lora_rank:
+        start = grow_state(start, "lora", rank=args.rank)
+    return start
+
+
+def freeze(model, ema, tune, new):
+    """Leave trainable what `tune` says: "all", "lora" (adapters) or "new" (the parameters named in `new`).
+    The rest takes its values from the EMA."""
+    for (name, parameter), averaged in zip(model.named_parameters(), ema.parameters(), strict=True):
+        if not (tune == "all" or (tune == "lora" and "lora_" in name) or (tune == "new" and name in new)):
+            parameter.requires_grad_(False).data.copy_(averaged)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--tune {tune} leaves nothing to train: grow the model first")
 
 
 def train(args):
@@ -212,34 +201,50 @@ def train(args):
     precision = pick_precision(args.precision, device)
     if (run / "checkpoint").exists() and not args.resume:
         raise ValueError(f"{run} holds a run already: go on with --resume, or name another with --out")
-    model, header = starting_point(args, run)
+    start = starting_point(args, run)
+    config = PRESETS[args.preset] if start is None else start.model.config
+    if start is None:  # the size of the text features is not known yet
+        config = replace(config, frames=args.frames or config.frames, size=args.size or config.size)
 
     # Data and the features of all its captions.
-    config = model.config if model else PRESETS[args.preset]
     run.mkdir(parents=True, exist_ok=True)
     world, held_out = (
         ToyWorld(args.data, count, seed, config.frames, config.size, args.captions)
         for count, seed in ((args.clips, 0), (min(args.clips, 256), 1))
     )
-    features = encode([*world.captions, *held_out.captions, *PROMPTS], header["text_encoder"])
+    text_encoder = start.header["text_encoder"] if start else args.text or "minilm"
+    features = encode([*world.captions, *held_out.captions, *PROMPTS], text_encoder)
     null, null_mask = features.batch([NULL_PROMPT], features.max_length)
 
-    torch.manual_seed(args.seed)
-    model = (model or DiT(replace(config, text_dim=features.dim))).to(device).train()
+    if start is None:
+        torch.manual_seed(args.seed)
+        model = DiT(replace(config, text_dim=features.dim))
+        header = {"text_encoder": text_encoder, "history": [], "flops": 0}
+        start = Checkpoint(model, copy.deepcopy(model), {}, header, {})
+    model, ema, moments, header, state = start
+    model, ema = model.to(device).train(), ema.to(device).eval().requires_grad_(False)
     config = model.config
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    args.tune = args.tune or ("lora" if config.lora_rank else "all")
+    freeze(model, ema, args.tune, header.get("new", ()))
     peak = args.lr or 3e-3 * (128 / config.width) ** 0.5
-    optimiser = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(trained.values(), peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for name, parameter in trained.items():
+        if name in moments:
+            optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
     shape = (args.batch, 3, config.frames, config.size, config.size)
     step_flops = 3 * args.batch * config.flops(features.max_length)  # backward costs twice forward
 
     # Where the run stands.
     (run / "args.json").write_text(json.dumps(vars(args), indent=1))
     metrics, records = run / "metrics.jsonl", []
-    state = {"step": 0, "seconds": 0.0, "flops_before": header["flops"]}
+    history = header["history"][:-1] if args.resume else header["history"]
     if args.resume:
-        state = load_checkpoint(run, model, ema, optimiser)
         records = [r for r in map(json.loads, metrics.read_text().splitlines()) if r["step"] <= state["step"]]
+    else:
+        rate = state.get("lr", 0.0)
+        state = {"step": 0, "seconds": 0.0, "flops_before": header["flops"], "lr_before": rate, "lr": rate}
+    steps_before = sum(event.get("steps", 0) for event in history)
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
     begun = START - state["seconds"]  # time counts from the start of the process: --minutes means minutes
 
@@ -261,15 +266,18 @@ def train(args):
         save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), PROMPTS, columns=4)
         state["seconds"] = time.perf_counter() - begun
         header["flops"] = state["flops_before"] + state["step"] * step_flops
-        save_checkpoint(run, model, ema, optimiser, header, state)
+        event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
+        header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
+        moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
+        save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state))
         if any("loss" in r for r in records):
             plot_losses(run, records)
         return time.perf_counter() - started
 
-    if args.grow and not args.resume:
-        base, _ = load_model(args.base)
-        before, after = (validation_loss(m, held_out, features).mean().item() for m in (base.to(device), ema))
-        print(f"grown to {config.depth} blocks: float32 loss {before:.6f} before, {after:.6f} after")
+    if args.base and not args.resume and history != (base := load_model(args.base))[1]["history"]:
+        models = base[0].to(device), ema
+        before, after = (validation_loss(m, held_out, features).mean().item() for m in models)
+        print(f"{tree(history)}\nfloat32 loss {before:.6f} before growth, {after:.6f} after")
         record(loss_before_growth=before, loss_after_growth=after)
     look_seconds = 0.0 if args.resume else look()  # what the end of the run will take
 
@@ -284,8 +292,8 @@ def train(args):
         if progress >= 1:
             break
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(peak, step, progress, args.warmup)
-        rows, t, noise, drop = random_draws(args.seed, step, shape, len(world))
+            group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
+        rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
         x, captions = world.batch(rows)
         text, text_mask = features.batch(captions, features.max_length)
         text = torch.where(drop[:, None, None], null, text)
@@ -297,9 +305,10 @@ def train(args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        update_ema(ema, model, step)
+        update_ema(ema, model, steps_before + step)
         losses.append(loss.detach())
-        state["step"] = step = step + 1
+        state["step"], state["lr"] = step + 1, group["lr"]
+        step += 1
         bar.update()
         if step % LOG_EVERY == 0:
             mean, now = torch.stack(losses).mean().item(), time.perf_counter()
@@ -341,27 +350,34 @@ def parse_arguments(argv=None):
     parser.error = fail
     add = parser.add_argument_group("what to train").add_argument
     add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
-    add("--data", choices=("basic", "rich"), help="set of clips [basic; rich for a grown model]")
+    add("--frames", type=int, help="frames of a clip [as the preset or the base]")
+    add("--size", type=int, help="pixels per side of a clip [as the preset or the base]")
+    add("--data", choices=("basic", "rich"), help="set of clips [basic; rich if going on from another run]")
     add("--captions", choices=("short", "detailed"), help="[short for basic, detailed for rich]")
-    add(
-        "--clips", type=int, help="clips in the training set [16384; 4096 rich ones, whose captions are long]"
-    )
+    add("--clips", type=int, help="clips in the training set [16384; 4096 of rich, whose captions are long]")
     add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
-    add = parser.add_argument_group("growth").add_argument
-    add("--grow", choices=("depth",), help="grow the base first; depth: insert zero-gated copies of blocks")
-    add("--add", type=int, help="blocks to insert [as many as there are, which doubles the depth]")
+    add = parser.add_argument_group("going on from a run, the base (grow.py grows in more ways)").add_argument
     add("--from", dest="base", help="run or checkpoint to go on from [runs/base if growing, else none]")
+    add(
+        "--grow",
+        metavar="HOW",
+        help="depth (silent copies of blocks), width, mlp, or several: depth,width [off]",
+    )
+    add("--add", type=int, help="blocks to insert [as many as there are, which doubles the depth]")
+    add("--tune", choices=TUNE, help="train all, what is new, or adapters beside frozen weights [all]")
+    add("--rank", type=int, default=8, help="of the adapters for --tune lora [8]")
     add = parser.add_argument_group("how long and how").add_argument
-    add("--steps", type=int, help="optimiser steps [6000; 1200 for a grown model]")
+    add("--steps", type=int, help="optimiser steps [6000; 1200 if going on]")
     add("--minutes", type=float, help="end by the clock instead, with the full learning-rate decay [off]")
     add("--batch", type=int, help="clips per step [32]")
     add("--lr", type=float, help="peak learning rate [3e-3 at width 128, less with the root of the width]")
-    add("--warmup", type=int, default=100, help="steps from no learning rate to the peak [100]")
+    add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak [100]")
+    add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none [0.3]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [0]")
     add("--every", type=int, help="steps between samples, validation and checkpoint [1500]")
     add("--quick", action="store_true", help="see that everything works: seconds, nothing learned [off]")
     add = parser.add_argument_group("run and machine").add_argument
-    add("--out", help="run directory [runs/base; runs/BASE-depth for a grown model]")
+    add("--out", help="run directory [runs/base; runs/BASE-depth, -width, -lora, -more if going on]")
     add("--resume", action="store_true", help="go on with the run in --out, with the arguments it had [off]")
     add("--device", default="auto", help="auto, cpu or cuda [auto: a GPU if there is one]")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="[auto: bf16 where it is fast]")
@@ -369,26 +385,45 @@ def parse_arguments(argv=None):
     add("--compile", action=compiling, help="torch.compile [on, if there is a C++ compiler]")
     args = parser.parse_args(argv)
     base = args.base or ("runs/base" if args.grow else None)
-    suffix = "depth" if args.grow else "more"
+    suffix = args.grow.replace(",", "-") if args.grow else "lora" if args.tune == "lora" else "more"
     args.out = args.out or (f"runs/{Path(base).name}-{suffix}" if base else "runs/base")
     if args.resume:
         saved = Path(args.out) / "args.json"
         if not saved.is_file():
             raise FileNotFoundError(f"there is no run to resume in {args.out}")
         return parser.parse_args(argv, argparse.Namespace(**json.loads(saved.read_text())))
-    data = "rich" if args.grow else "basic"
+    for operator in args.grow.split(",") if args.grow else ():
+        if operator not in ("depth", "width", "mlp"):
+            raise ValueError(f"no growth is called {operator!r}; there are depth, width and mlp")
+    if args.grow and args.tune == "lora":
+        raise ValueError("with --tune lora the growth would stay silent: --tune all or new")
+    data = "rich" if base else "basic"
     usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
     usual["clips"] = 4096 if (args.data or data) == "rich" else 16384
-    usual |= {"steps": 1200 if args.grow else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
+    usual |= {"steps": 1200 if base else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
     if args.quick:
         usual |= {"preset": "nano", "clips": 256, "batch": 8, "every": 10, "steps": 20, "compile": False}
     usual["captions"] = "detailed" if (args.data or data) == "rich" else "short"
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add"):
+    for name in [
+        "clips",
+        "steps",
+        "batch",
+        "warmup",
+        "every",
+        "lr",
+        "minutes",
+        "add",
+        "rank",
+        "frames",
+        "size",
+    ]:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")
+    if not 0 <= args.decay <= 1:
+        raise ValueError(f"--decay is {args.decay}; it must be from 0 to 1")
     return args
 
 

@@ -1,0 +1,134 @@
+"""What a run leaves on disk, and what comes back from it.
+
+A checkpoint is a directory:
+
+    model.safetensors         the EMA weights; enough to sample, evaluate and grow. Its header holds, as JSON,
+    the
+                              config, the history of training and growth, and the name of the text encoder
+    train_state.safetensors   what training goes on from: weights.NAME, and for each trained parameter the
+    AdamW
+                              state step.NAME, exp_avg.NAME and exp_avg_sq.NAME
+    train_state.json          the step and the learning rate
+
+It is written beside and renamed, so that it is whole or absent. The files hold tensors and JSON and no code,
+unlike a pickle, which may run anything when it is opened.
+"""
+
+import copy
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from dit import DiT, DiTConfig
+
+
+def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTConfig, **header):
+    """Write `directory`/model.safetensors. `header` entries (history of growth, name of the text encoder,
+    ...) are kept as JSON in the file's header, beside the config: the file alone is enough to sample."""
+    metadata = {"config": json.dumps(asdict(config)), **{k: json.dumps(v) for k, v in header.items()}}
+    save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors", metadata)
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is
+    none."""
+    for directory in (Path(path) / "checkpoint", Path(path), Path(path) / "checkpoint.old"):
+        if (directory / "model.safetensors").is_file():
+            return directory
+    raise FileNotFoundError(
+        f"there is no checkpoint in {path}: no model.safetensors there or in {path}/checkpoint"
+    )
+
+
+def load_model(path: Path | str) -> tuple[DiT, dict]:
+    """A run or checkpoint directory -> the model with its EMA weights, in eval mode on the CPU, and the
+    rest of the header, {"text_encoder", "history", ...}. Raises FileNotFoundError or ValueError."""
+    file = find_checkpoint(path) / "model.safetensors"
+    try:
+        with safe_open(file, "pt") as opened:
+            header = {k: json.loads(v) for k, v in (opened.metadata() or {}).items()}
+            weights = {k: opened.get_tensor(k) for k in list(opened.keys())}
+        config = DiTConfig(**header.pop("config"))
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a checkpoint of this project: {type(error).__name__} {error}"
+        ) from None
+    with torch.device("meta"):  # shapes alone: nothing is allocated before the file is known to fit
+        expected = {k: v.shape for k, v in DiT(config).state_dict().items()}
+    wrong = [
+        k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)
+    ]
+    if wrong:
+        name = min(wrong)
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        wanted = tuple(expected[name]) if name in expected else "nothing"
+        raise ValueError(
+            f"{file} does not fit its own config: {name} is {found}, not {wanted} ({len(wrong)} differ)"
+        )
+    model = DiT(config)
+    model.load_state_dict(weights)
+    return model.eval(), header
+
+
+class Checkpoint(NamedTuple):
+    """A training run at a step."""
+
+    model: DiT  # what the optimiser moves
+    ema: DiT  # what is sampled
+    moments: dict[
+        str, dict[str, torch.Tensor]
+    ]  # parameter -> step, exp_avg, exp_avg_sq; none before its first step
+    header: dict  # of model.safetensors, without the config
+    state: dict  # train_state.json; empty if there is nothing but model.safetensors
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint):
+    """Write `directory` whole or not at all: beside it, then renamed. A kill between the two renames leaves
+    `directory`.old, which `find_checkpoint` takes."""
+    new, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_model(new, checkpoint.ema.state_dict(), checkpoint.ema.config, **checkpoint.header)
+    if checkpoint.state:
+        tensors = {f"weights.{name}": p.detach() for name, p in checkpoint.model.named_parameters()}
+        for name, moments in checkpoint.moments.items():
+            tensors |= {f"{kind}.{name}": tensor for kind, tensor in moments.items()}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, new / "train_state.safetensors")
+        (new / "train_state.json").write_text(json.dumps(checkpoint.state, indent=1))
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are those
+    of the EMA. Raises FileNotFoundError or ValueError."""
+    directory = find_checkpoint(path)
+    ema, header = load_model(directory)
+    model, file = copy.deepcopy(ema), directory / "train_state.safetensors"
+    if not file.exists():
+        return Checkpoint(model, ema, {}, header, {})
+    try:
+        parameters = {}  # name -> weights and moments
+        for key, tensor in load_file(file).items():
+            kind, name = key.split(".", 1)
+            parameters.setdefault(name, {})[kind] = tensor
+        model.load_state_dict({name: entry.pop("weights") for name, entry in parameters.items()})
+        moments = {name: entry for name, entry in parameters.items() if entry}
+        for name, entry in moments.items():
+            shape = model.get_parameter(name).shape
+            if (entry["step"].shape, entry["exp_avg"].shape, entry["exp_avg_sq"].shape) != ((), shape, shape):
+                raise ValueError(f"the moments of {name} have another shape")
+        state = json.loads(file.with_suffix(".json").read_text())
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} does not fit its model: {type(error).__name__} {reason}") from None
+    return Checkpoint(model, ema, moments, header, state)
