@@ -41,8 +41,8 @@ symmetry and cancels in the sum: [W/n + E, W/n - E] (for n > 2, n matrices that 
 step count; what is new has none and begins at step 0. (Zero moments with the old step would be a trap: Adam
 takes the second moment for warm, and the first updates are (1 - beta1) / sqrt(1 - beta2) too long, 3.2 times
 with the usual betas.) In width, n duplicates of an output share the gradient that it had, so exp_avg is
-divided by n and exp_avg_sq by n^2 wherever rows are duplicated, which is everywhere but in the last map. The
-EMA is grown by the operator itself, with the same noise.
+divided by n and exp_avg_sq by n^2 wherever rows are duplicated, which is everywhere but in the last map (this
+leaves the noise out of account). The EMA is grown by the operator itself, with the same noise.
 
 Left out: zero-padded width (inexact through LayerNorm), learned maps (LiGO), larger heads (inexact through
 rotary positions and qk-norm), growth by fractions.
@@ -116,13 +116,14 @@ def grow_depth(model: DiT, add: int, group: int | None = None, where="insert", z
     return grown
 
 
-def grow_width(model: DiT, factor: int = 2, noise: float = 0.1) -> DiT:
+def grow_width(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
     """`factor` times the channels and heads, by duplication. `noise` is the size of what breaks the symmetry,
-    relative to each weight matrix; 0 leaves the duplicates equal for ever."""
+    relative to each weight matrix. With 0 the duplicates stay equal for ever, and with 0.1 too equal to help;
+    with more than 2 the sum no longer cancels well."""
     return _duplicate(model, factor, noise, ("width", "heads"))
 
 
-def grow_mlp(model: DiT, factor: int = 2, noise: float = 0.1) -> DiT:
+def grow_mlp(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
     """`factor` times the hidden neurons of each block's MLP, by duplication; `noise` as in `grow_width`."""
     return _duplicate(model, factor, noise, ("mlp_ratio",))
 
@@ -394,7 +395,7 @@ def main(argv=None):
     add("--zero", default="gate", choices=ZEROS, help="for --depth: what is zeroed in the copies [gate]")
     add("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
     add("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in each MLP")
-    add("--noise", type=float, default=0.1, help="for --width and --mlp: what tells duplicates apart [0.1]")
+    add("--noise", type=float, default=1.0, help="for --width and --mlp: what tells duplicates apart [1]")
     add("--llm", type=int, metavar="DIM", help="cross-attention to DIM channels of an LLM in each block")
     add("--frames", type=int, help="frames of a clip from now on")
     add("--size", type=int, help="pixels per side of a clip from now on")
