@@ -2,16 +2,14 @@
 
 A checkpoint is a directory:
 
-    model.safetensors         the EMA weights; enough to sample, evaluate and grow. Its header holds, as JSON,
-    the
-                              config, the history of training and growth, and the name of the text encoder
+    model.safetensors         the EMA weights: enough to sample, evaluate and grow. Its header holds, as JSON,
+                              the config, the history of training and growth, and the text encoder's name
     train_state.safetensors   what training goes on from: weights.NAME, and for each trained parameter the
-    AdamW
-                              state step.NAME, exp_avg.NAME and exp_avg_sq.NAME
-    train_state.json          the step and the learning rate
+                              state of AdamW, step.NAME, exp_avg.NAME and exp_avg_sq.NAME
+    train_state.json          the step, the seconds and the learning rate
 
-It is written beside and renamed, so that it is whole or absent. The files hold tensors and JSON and no code,
-unlike a pickle, which may run anything when it is opened.
+It is written beside and renamed, so that a kill leaves it whole or absent. The files hold tensors and JSON
+and no code, unlike a pickle, which may run anything when it is opened.
 """
 
 import copy
@@ -73,7 +71,7 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
         )
     model = DiT(config)
     model.load_state_dict(weights)
-    return model.eval(), header
+    return model.eval(), {"text_encoder": "minilm", "history": [], "flops": 0, **header}
 
 
 class Checkpoint(NamedTuple):
@@ -89,8 +87,8 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint):
-    """Write `directory` whole or not at all: beside it, then renamed. A kill between the two renames leaves
-    `directory`.old, which `find_checkpoint` takes."""
+    """Write `directory` whole or not at all: beside it, then renamed. A kill between the two renames
+    leaves `directory`.old, which `find_checkpoint` takes."""
     new, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -109,8 +107,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint):
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are those
-    of the EMA. Raises FileNotFoundError or ValueError."""
+    """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are
+    those of the EMA. Raises FileNotFoundError or ValueError."""
     directory = find_checkpoint(path)
     ema, header = load_model(directory)
     model, file = copy.deepcopy(ema), directory / "train_state.safetensors"
@@ -132,3 +130,19 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{file} does not fit its model: {type(error).__name__} {reason}") from None
     return Checkpoint(model, ema, moments, header, state)
+
+
+def tree(history: list[dict]) -> str:
+    """The history of a checkpoint, one line for each training and growth; each growth is a branch."""
+    lines, indent = [], ""
+    for event in history:
+        if "grow" in event:
+            entries = [f"{key} {a} -> {b}" for key, (a, b) in event["changed"].items()]
+            told = {"grow", "changed", *event["changed"]}  # llm_dim is an option and a size
+            entries += [f"{k} {v}" for k, v in event.items() if k not in told and v is not None]
+            lines.append(f"{indent}└─ {event['grow']}: {', '.join(entries)}")
+            indent += "   "
+        else:
+            what = f"{event['steps']} steps on {event['train']}, {event['captions']} captions"
+            lines.append(f"{indent}trained {what}, tuning {event['tune']}, seed {event['seed']}")
+    return "\n".join(lines)

@@ -81,6 +81,16 @@ HELD_OUT_PAIRS = (
     ("cat", "surf"), ("dog", "spin"), ("fish", "up"), ("bird", "down"),
     ("car", "bounce"), ("rocket", "left"), ("boat", "still"), ("ball", "right"),
 )  # fmt: skip
+PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or words not in training
+    "a red cat moving left in a meadow",
+    "a blue rocket rising at night",
+    "a yellow dog surfing in the desert",
+    "a green fish spinning in the city",
+    "an orange cat surfing in the snow",
+    "a purple ball moving right in the desert",
+    "a crimson feline hopping on the prairie",
+    "an azure yacht descending after dark",
+)
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ def grid_positions(t, h, w, device):
 
 
 def sincos(positions, dim, highest_period=10_000.0):
-    """Sines and cosines of positions (...,) at dim/2 frequencies (arXiv 1706.03762, section 3.5) -> (...,
-    dim)."""
+    """Sines and cosines of positions (...,) at dim/2 frequencies (arXiv 1706.03762, section 3.5)
+    -> (..., dim). Periods run from 2 pi to 2 pi times the highest."""
     half = dim // 2
     frequencies = highest_period ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions.unsqueeze(-1).float() * frequencies
@@ -153,8 +153,8 @@ def sincos(positions, dim, highest_period=10_000.0):
 
 
 def rope_angles(positions, head_dim):
-    """positions (N, 3) -> cos, sin, each (N, head_dim/2). Of the channel pairs a quarter turns with time, the
-    rest with height and width, half each; periods run from 2 pi patches up to 100 times that."""
+    """positions (N, 3) -> cos, sin, each (N, head_dim/2). Of the channel pairs a quarter turns with time,
+    the rest with height and width, half each; periods run from 2 pi patches up to 100 times that."""
     pairs = head_dim // 2
     split = [pairs // 4, (pairs - pairs // 4) // 2]
     split.append(pairs - sum(split))
@@ -239,8 +239,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text (and to the LLM), MLP; each branch modulated and gated by
-    time."""
+    """Self-attention, cross-attention to the text (and to the LLM), MLP; each branch modulated and gated
+    by time."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -307,8 +307,8 @@ class DiT(nn.Module):
         x, grid = patchify(x_t, config)  # (B, N, patch_dim)
         positions = grid_positions(*grid, x.device)  # (N, 3)
         head_dim = config.width // config.heads
-        place = torch.cat([sincos(positions[:, i], n) for i, n in enumerate(split_in_3(head_dim))], -1)
-        x = self.patch_embed(x) + place.repeat(1, config.heads).to(x.dtype)  # (B, N, D)
+        place = [sincos(positions[:, i], n, 100.0) for i, n in enumerate(split_in_3(head_dim))]
+        x = self.patch_embed(x) + torch.cat(place, -1).repeat(1, config.heads).to(x.dtype)  # (B, N, D)
         c = F.silu(self.time_embed(sincos(1000 * t, TIME_DIM).to(x.dtype)))  # (B, D)
         rope = rope_angles(positions, head_dim)
         text = layer_norm(self.text_embed(layer_norm(text.to(x.dtype))))  # (B, L, D)
@@ -327,8 +327,8 @@ def split_in_3(channels):
 
 
 def patchify(x, config):
-    """(B, 3, T, H, W) -> tokens (B, N, 3 * pt * ps * ps) in order t, y, x, and the grid (T / pt, H / ps, W /
-    ps)."""
+    """(B, 3, T, H, W) -> tokens (B, N, 3 * pt * ps * ps) in order t, y, x, and the grid (T / pt, H / ps, W
+    / ps)."""
     pt, ps = config.patch_time, config.patch_size
     B, C, T, H, W = x.shape
     check_shape(config, T, H)

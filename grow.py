@@ -23,9 +23,9 @@ block go before the stack. *Suffix*: P copies of the last one go behind it.
 A copy starts with useful weights, but it must not act: x + gate * branch(x) is x if one factor is zero. The
 paper does not say which. Here it is the rows of the adaLN map that make gates (`zero="gate"`), as adaLN-zero
 starts a model from scratch, or the output projections (`"proj"`), weights **and biases**. One factor, not
-both: before a live branch a zero gate gets a gradient at once, and the rest of the copy follows one step
-later. With both zero (`"both"`) each waits for the other for ever. `"none"` is plain stacking, which keeps
-the weights but not the function.
+both: a zero gate on a live branch gets a gradient at once, and the rest of the copy follows one step later.
+With both zero (`"both"`) each waits for the other for ever. `"none"` is plain stacking, which keeps the
+weights but not the function.
 
 **Width.** Each channel x becomes n equal ones. Then a linear map W has to become
 
@@ -39,10 +39,11 @@ symmetry and cancels in the sum: [W/n + E, W/n - E] (for n > 2, n matrices that 
 
 **The optimiser** comes along by the same map (`grow_state`). What is copied keeps its AdamW moments and its
 step count; what is new has none and begins at step 0. (Zero moments with the old step would be a trap: Adam
-takes the second moment for warm, and the first updates are (1 - beta1) / sqrt(1 - beta2) too long, 3.2 times
-with the usual betas.) In width, n duplicates of an output share the gradient that it had, so exp_avg is
-divided by n and exp_avg_sq by n^2 wherever rows are duplicated, which is everywhere but in the last map (this
-leaves the noise out of account). The EMA is grown by the operator itself, with the same noise.
+treats the second moment as converged, and the first update is (1 - beta1) / sqrt(1 - beta2) of what it should
+be, 3.2 times too long with beta2 = 0.999 and less than half with the 0.95 of train.py.) In width, n
+duplicates of an output share the gradient that it had, so exp_avg is divided by n and exp_avg_sq by n^2
+wherever rows are duplicated, which is everywhere but in the last map; this leaves the noise out of account.
+The EMA is grown by the operator itself, with the same random numbers.
 
 Left out: zero-padded width (inexact through LayerNorm), learned maps (LiGO), larger heads (inexact through
 rotary positions and qk-norm), growth by fractions.
@@ -57,7 +58,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import Checkpoint, load_checkpoint, save_checkpoint, tree
 from dit import PRESETS, DiT
 
 # --------------------------------------------------------------------------------------------------------
@@ -68,10 +69,10 @@ ZEROS = ("gate", "proj", "both", "none")  # what silences a copied block
 
 def stack(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
     """The grown stack of figure 3 as (block of the base, is it a new copy?), in order. `depth` N, `add` P,
-    `group` M. There are N // M groups; where M does not divide N the first N mod (N // M) of them have one
-    block more. Without M there are as many groups as blocks and copies allow: the most, up to N, that divide
-    P; this is LLaMA-Pro's rule (arXiv 2401.02415) where P divides N.
-    Raises ValueError where the groups cannot share P copies evenly."""
+    `group` M. There are N // M groups; a rest of blocks goes to the first ones, one each. Without M there are
+    as many groups as blocks or copies, whichever are fewer, and a rest of copies goes to the first ones:
+    LLaMA-Pro's rule (arXiv 2401.02415) where P divides N. Raises ValueError where groups of M cannot share P
+    copies evenly."""
     if where not in ("insert", "prefix", "suffix"):
         raise ValueError(f"no stacking is called {where!r}; there are insert, prefix and suffix")
     if add < 1:
@@ -85,13 +86,13 @@ def stack(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
         return old + [(depth - 1, True)] * add
     if group is not None and not 1 <= group <= depth:
         raise ValueError(f"cannot cut {depth} blocks into groups of {group}")
-    groups = depth // group if group else max(g for g in range(1, depth + 1) if add % g == 0)
-    if add % groups:
+    groups = depth // group if group else min(add, depth)
+    if group and add % groups:
         raise ValueError(f"{groups} groups of blocks cannot share {add} copies evenly: add a multiple")
     plan, start = [], 0
     for i in range(groups):
         end = start + depth // groups + (i < depth % groups)
-        plan += old[start:end] + [(end - 1, True)] * (add // groups)
+        plan += old[start:end] + [(end - 1, True)] * (add // groups + (i < add % groups))
         start = end
     return plan
 
@@ -117,9 +118,9 @@ def grow_depth(model: DiT, add: int, group: int | None = None, where="insert", z
 
 
 def grow_width(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
-    """`factor` times the channels and heads, by duplication. `noise` is the size of what breaks the symmetry,
-    relative to each weight matrix. With 0 the duplicates stay equal for ever, and with 0.1 too equal to help;
-    with more than 2 the sum no longer cancels well."""
+    """`factor` times the channels and heads, by duplication. `noise`, relative to each weight matrix, tells
+    the duplicates apart: with 0 they stay equal for ever, with 0.1 too equal, with more than 2 the sum is
+    inexact."""
     return _duplicate(model, factor, noise, ("width", "heads"))
 
 
@@ -129,8 +130,8 @@ def grow_mlp(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
 
 
 def grow_llm(model: DiT, llm_dim: int) -> DiT:
-    """In each block a cross-attention to `llm_dim` channels of an LLM, right after the one to the text and a
-    copy of it, with a zero gate (ModelGrow, figure 2). The text's embedding is copied if it fits."""
+    """In each block a cross-attention to `llm_dim` channels of an LLM, right after the one to the text and
+    a copy of it, with a zero gate (ModelGrow, figure 2). The text's embedding is copied if it fits."""
     if model.config.llm_dim:
         raise ValueError(f"this model has an LLM branch already, for {model.config.llm_dim} channels")
     if llm_dim < 1:
@@ -151,10 +152,10 @@ def grow_llm(model: DiT, llm_dim: int) -> DiT:
 
 
 def grow_clip(model: DiT, frames: int | None = None, size: int | None = None) -> DiT:
-    """Clips of `frames` frames and `size` x `size` pixels from now on. No parameter changes, and neither does
-    any output on clips of the old shape. On larger clips each map of a single token (embedding,
-    cross-attention, MLP) gives what it gave at the same place; self-attention has more tokens to look at, and
-    has to learn."""
+    """Clips of `frames` frames and `size` x `size` pixels from now on. No parameter changes, and neither
+    does any output on clips of the old shape. On larger clips each map of a single token (embedding,
+    cross-attention, MLP) gives what it gave at the same place; self-attention has more tokens to look at,
+    and has to learn."""
     c = model.config
     frames, size = c.frames if frames is None else frames, c.size if size is None else size
     if (frames, size) == (c.frames, c.size):
@@ -163,8 +164,8 @@ def grow_clip(model: DiT, frames: int | None = None, size: int | None = None) ->
 
 
 def add_lora(model: DiT, rank: int) -> DiT:
-    """Adapters of `rank` beside each linear map of attention and MLP (LoRA, arXiv 2106.09685). They alone can
-    be trained: everything else is frozen."""
+    """Adapters of `rank` beside each linear map of attention and MLP (LoRA, arXiv 2106.09685). They alone
+    can be trained: everything else is frozen."""
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
     grown = _assemble(model, model.state_dict(), lora_rank=rank)
@@ -189,17 +190,14 @@ def merge_lora(model: DiT) -> DiT:
 OPERATORS = {"depth": grow_depth, "width": grow_width, "mlp": grow_mlp, "llm": grow_llm, "clip": grow_clip}
 OPERATORS |= {"lora": add_lora, "merge": merge_lora}
 
-# --------------------------------------------------------------------------------------------------------
-# What they share
-
 
 @torch.no_grad()
 def _assemble(base: DiT, weights: dict, kept: dict[str, str] | None = None, **changes) -> DiT:
-    """A model of base's config with `changes` and of `weights`; what they do not name is initialised, always
-    alike. It remembers in `kept` which parameters were there before, and how base calls them: by default as
-    it does."""
+    """base's config with `changes`, and `weights`; what they do not name is initialised, always alike. In
+    `kept` the model remembers which parameters were there before, and how base calls them: by default as it
+    does."""
     config = replace(base.config, **changes)
-    if base.config.lora_rank and config.lora_rank:
+    if base.config.lora_rank and config.lora_rank and not changes.keys() <= {"frames", "size"}:
         raise ValueError("this model has LoRA adapters: merge them before it grows")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -231,8 +229,8 @@ def _repeat(old, shape, run):
 
 
 def _duplicate(model, factor, noise, fields) -> DiT:
-    """Width by duplication: `factor` times the `fields` of the config. Every axis that becomes larger holds
-    runs of D channels, and each run is repeated."""
+    """Width by duplication: `factor` times the `fields` of the config. Every axis that becomes larger
+    holds runs of D channels, and each run is repeated."""
     if type(factor) is not int or factor < 2:
         raise ValueError(f"factor is {factor!r}; it must be a whole number of at least 2")
     sizes, D = {field: factor * getattr(model.config, field) for field in fields}, model.config.width
@@ -258,10 +256,15 @@ def _duplicate(model, factor, noise, fields) -> DiT:
 def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     """Grow weights, EMA and AdamW moments by one map, and write the growth into the header's history.
 
-    operator: a name in OPERATORS; options: those of that function. header["new"] lists the parameters that
-    this growth, and those right before it, have made. Raises ValueError for an unknown operator."""
+    operator: a name in OPERATORS; options: those of that function. header["new"] names the parameters made by
+    the last growth, and others since the last training. Raises ValueError for an unknown operator, and for
+    adapters on what has just grown: they would freeze it while it is silent."""
     if operator not in OPERATORS:
         raise ValueError(f"no growth is called {operator!r}; there are {', '.join(OPERATORS)}")
+    header = {"history": [], "new": [], **checkpoint.header}
+    growing = header["history"] and "grow" in header["history"][-1]
+    if operator == "lora" and growing and header["new"]:
+        raise ValueError("adapters would freeze what has just grown, and is silent still: train it first")
     grow = OPERATORS[operator]
     bound = inspect.signature(grow).bind_partial(**options)
     bound.apply_defaults()  # the history tells them all
@@ -276,30 +279,13 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
             "exp_avg": _repeat(old["exp_avg"], parameter.shape, run) / share,
             "exp_avg_sq": _repeat(old["exp_avg_sq"], parameter.shape, run) / share**2,
         }
-    header, history = dict(checkpoint.header), checkpoint.header.get("history", [])
     before, after = asdict(checkpoint.model.config), asdict(model.config)
     changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
-    header["history"] = [*history, {"grow": operator, **bound.arguments, "changed": changed}]
-    recent = header.get("new", []) if history and "grow" in history[-1] else []
-    header["new"] = [n for n in model.state_dict() if n not in model.kept or model.kept[n] in recent]
+    header["history"] = [*header["history"], {"grow": operator, **bound.arguments, "changed": changed}]
+    made = [name for name in model.state_dict() if name not in model.kept]
+    recent = header["new"] if growing or not made else []
+    header["new"] = made + [new for new, old in model.kept.items() if old in recent]
     return Checkpoint(model, ema, moments, header, checkpoint.state)
-
-
-def tree(history: list[dict]) -> str:
-    """The history of a checkpoint, one line for each training and growth; each growth is a branch."""
-    lines, indent = [], ""
-    for event in history:
-        if "grow" in event:
-            entries = [f"{key} {a} -> {b}" for key, (a, b) in event["changed"].items()]
-            entries += [
-                f"{k} {v}" for k, v in event.items() if k not in ("grow", "changed") and v is not None
-            ]
-            lines.append(f"{indent}└─ {event['grow']}: {', '.join(entries)}")
-            indent += "   "
-        else:
-            what = f"{event['steps']} steps on {event['train']}, {event['captions']} captions"
-            lines.append(f"{indent}trained {what}, tuning {event['tune']}, seed {event['seed']}")
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -321,10 +307,20 @@ def difference(a: DiT, b: DiT, batch: int = 2, length: int = 7) -> float:
     return (one - two).abs().max().item()
 
 
+def summary(names, every) -> str:
+    """Names of parameters, all of those that begin alike as one: "blocks.1" for the sixteen of that block."""
+    short = {}
+    for name in names:
+        parts = name.split(".")
+        starts = (".".join(parts[:i]) + "." for i in range(1, len(parts) + 1))
+        short[next(s for s in starts if all(n in names for n in every if f"{n}.".startswith(s)))[:-1]] = None
+    return ", ".join(short) or "none"
+
+
 def compare(name: str, base: DiT, steps: list[tuple[str, dict]]) -> list[str]:
     """What the growths `steps` do to `base`, as cells of a table: size; parameters, and which are new, kept
-    or frozen, in millions; GFLOPs of a forward pass on a clip (16 tokens of text, 64 of an LLM); and max
-    |difference| of the outputs on random inputs, growth itself done in float64 and in float32."""
+    or frozen, in millions; GFLOPs per clip, forward, with 16 tokens of text and 64 of an LLM; and max
+    |difference| on random inputs, growth itself done in float64 and in float32."""
     errors = []
     for dtype in (torch.float64, torch.float32):
         start = copy.deepcopy(base).to(dtype)
@@ -333,18 +329,17 @@ def compare(name: str, base: DiT, steps: list[tuple[str, dict]]) -> list[str]:
             state = grow_state(state, operator, **options)
         errors.append(difference(start, state.model))
     config, parameters = state.model.config, dict(state.model.named_parameters())
-    kinds = {"all": parameters, "new": state.header["new"]}
-    kinds["kept"] = parameters.keys() - set(state.header["new"])
-    kinds["frozen"] = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    counts = [f"{sum(parameters[name].numel() for name in kind) / 1e6:.2f}" for kind in kinds.values()]
+    new, frozen = state.header["new"], [n for n, p in parameters.items() if not p.requires_grad]
+    kinds = parameters, new, parameters.keys() - set(new), frozen
+    counts = [f"{sum(parameters[name].numel() for name in kind) / 1e6:.2f}" for kind in kinds]
     counts += [f"{config.flops(16, 64) / 1e9:.2f}", *(f"{e:.1e}" if e else "0" for e in errors)]
     return [name, f"{config.depth} x {config.width}", *counts]
 
 
 def markdown(rows: list[list[str]]) -> str:
     """Cells from `compare` -> a table in Markdown, aligned."""
-    titles = ["growth", "blocks x width", "parameters", "new", "kept", "frozen", "GFLOPs"]
-    rows = [[*titles, "difference, fp64", "fp32"], *rows]
+    titles = "growth|blocks x width|parameters|new|kept|frozen|GFLOPs|difference, fp64|fp32"
+    rows = [titles.split("|"), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * w for w in widths])
     cells = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
@@ -391,51 +386,59 @@ def main(argv=None):
     add("--merge", action="store_true", help="add the product of LoRA adapters to the weights")
     add("--depth", choices=("insert", "prefix", "suffix"), help="more blocks, and where they go")
     add("--add", type=int, help="for --depth: blocks to add [as many as there are, which doubles the depth]")
-    add("--group", type=int, help="for --depth insert: blocks per group, each followed by copies [fewest]")
-    add("--zero", default="gate", choices=ZEROS, help="for --depth: what is zeroed in the copies [gate]")
-    add("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
-    add("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in each MLP")
-    add("--noise", type=float, default=1.0, help="for --width and --mlp: what tells duplicates apart [1]")
-    add("--llm", type=int, metavar="DIM", help="cross-attention to DIM channels of an LLM in each block")
+    add("--group", type=int, help="for --depth insert: blocks per group [as few as the copies allow]")
+    add("--zero", choices=ZEROS, help="for --depth: what is zeroed in the copies [gate]")
     add("--frames", type=int, help="frames of a clip from now on")
     add("--size", type=int, help="pixels per side of a clip from now on")
+    add("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
+    add("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in each MLP")
+    add("--noise", type=float, help="for --width and --mlp: what tells duplicates apart [1]")
+    add("--llm", type=int, metavar="DIM", help="cross-attention to DIM channels of an LLM in each block")
     add("--lora", type=int, metavar="RANK", help="adapters beside frozen weights")
-    add("--out", help="directory for the grown checkpoint; without it nothing is written")
+    add("--out", help="run directory for the grown checkpoint; without it nothing is written")
     add("--table", action="store_true", help="do every growth to a random model; the table of README")
     args = parser.parse_args(argv)
     if args.table:
         return print(table())
     if not args.checkpoint:
         raise ValueError("name a run or checkpoint to grow, as in `python grow.py runs/base --depth insert`")
-    if args.depth is None and (args.add, args.group) != (None, None):
-        raise ValueError("--add and --group are for --depth; say where the blocks go, as in --depth insert")
-    out = Path(args.out) if args.out else None
-    if out and out.exists():
-        raise ValueError(f"{out} is there already: name another directory with --out")
+    for option, operators in (
+        ("add", "depth"),
+        ("group", "depth"),
+        ("zero", "depth"),
+        ("noise", "width mlp"),
+    ):
+        if getattr(args, option) is not None and all(getattr(args, o) is None for o in operators.split()):
+            raise ValueError(f"--{option} is for --{operators.replace(' ', ' and --')}, which is not given")
+    if args.out and Path(args.out).exists():
+        raise ValueError(f"{args.out} is there already: name another directory with --out")
     checkpoint = load_checkpoint(args.checkpoint)
-    base = checkpoint.ema
-    steps = [("merge", {})] if args.merge else []
+    base, steps = checkpoint.ema, [("merge", {})] if args.merge else []
     if args.depth:
         add = base.config.depth if args.add is None else args.add
-        steps.append(("depth", {"add": add, "group": args.group, "where": args.depth, "zero": args.zero}))
-    for operator in ("width", "mlp"):
-        if (factor := getattr(args, operator)) is not None:
-            steps.append((operator, {"factor": factor, "noise": args.noise}))
+        options = {"group": args.group, "where": args.depth, "zero": args.zero or "gate"}
+        steps.append(("depth", {"add": add, **options}))
     if (args.frames, args.size) != (None, None):
         steps.append(("clip", {"frames": args.frames, "size": args.size}))
-    for operator, option in (("llm", "llm_dim"), ("lora", "rank")):
+    options = {"width": "factor", "mlp": "factor", "llm": "llm_dim", "lora": "rank"}
+    for operator, option in options.items():
         if (value := getattr(args, operator)) is not None:
             steps.append((operator, {option: value}))
+            if option == "factor" and args.noise is not None:
+                steps[-1][1]["noise"] = args.noise
 
     for operator, options in steps:
         checkpoint = grow_state(checkpoint, operator, **options)
     if steps:
         name = " + ".join(operator for operator, _ in steps)
-        print(markdown([compare(str(args.checkpoint), base, []), compare(name, base, steps)]) + "\n")
-    print(tree(checkpoint.header.get("history", [])))
-    if out:
-        save_checkpoint(out, checkpoint)
-        print(f"written to {out}; go on with `python train.py --from {out}`")
+        print(markdown([compare(str(args.checkpoint), base, []), compare(name, base, steps)]))
+        every = dict(checkpoint.model.named_parameters())
+        frozen = [name for name, parameter in every.items() if not parameter.requires_grad]
+        print(f"new: {summary(checkpoint.header['new'], every)}\nfrozen: {summary(frozen, every)}\n")
+    print(tree(checkpoint.header["history"]))
+    if args.out:
+        save_checkpoint(Path(args.out) / "checkpoint", checkpoint)
+        print(f"written to {args.out}; go on with `python train.py --from {args.out}`")
 
 
 if __name__ == "__main__":

@@ -41,36 +41,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from data import ToyWorld, save_grid
+from checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, tree
+from data import PROMPTS, ToyWorld, save_grid
 from dit import PRESETS, DiT
-from grow import grow_state, tree
+from grow import grow_state
 from sample import autocast, pick_device, pick_precision, solve, to_uint8
 from text_encoder import NULL_PROMPT, encode
 
-START = time.perf_counter()
+START = time.perf_counter()  # of the process: --minutes means minutes
 T_BINS = 8  # slices of the times, equally likely in training, for the validation loss
 TUNE = ("all", "new", "lora")
+DIVERGED = "lower --lr; the last checkpoint is kept"
 LOG_EVERY = 10  # steps per line of metrics.jsonl
-PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or words not in training
-    "a red cat moving left in a meadow",
-    "a blue rocket rising at night",
-    "a yellow dog surfing in the desert",
-    "a green fish spinning in the city",
-    "an orange cat surfing in the snow",
-    "a purple ball moving right in the desert",
-    "a crimson feline hopping on the prairie",
-    "an azure yacht descending after dark",
-)
 
 # --------------------------------------------------------------------------------------------------------
 # The method
 
 
 def flow_loss(model, x, text, text_mask, t, noise):
-    """The velocity loss of each clip. x (B, 3, T, H, W) in [-1, 1]; text (B, L, D), text_mask (B, L); t (B,)
-    in [0, 1); noise like x -> (B,) float32, each the mean over a clip. A model that predicts grey has about
-    the variance of the data over (1 - t)^2."""
+    """The velocity loss of each clip. x (B, 3, T, H, W) in [-1, 1]; text (B, L, D), text_mask (B, L); t
+    (B,) in [0, 1); noise like x -> (B,) float32, each the mean over a clip. A model that predicts grey has
+    about the variance of the data over (1 - t)^2."""
     s = t.view(-1, 1, 1, 1, 1)
     predicted = model(s * x + (1 - s) * noise, t, text, text_mask)
     return ((predicted.float() - x) / (1 - s).clamp_min(0.05)).square().mean((1, 2, 3, 4))
@@ -82,8 +73,8 @@ def time_of(normal):
 
 
 def random_draws(seed, step, shape, count):
-    """All that is random in step `step` of a run: B row numbers below `count`, logit-normal times (B,), noise
-    of `shape` (B, 3, T, H, W), and which captions to drop (B,) bool."""
+    """All that is random in step `step` of a run: B row numbers below `count`, logit-normal times (B,),
+    noise of `shape` (B, 3, T, H, W), and which captions to drop (B,) bool."""
     generator = torch.Generator().manual_seed(seed * 1_000_000_007 + step)
     rows = torch.randint(count, shape[:1], generator=generator)
     t = time_of(torch.randn(shape[0], generator=generator))
@@ -93,9 +84,9 @@ def random_draws(seed, step, shape, count):
 
 @torch.no_grad()
 def validation_loss(model, world, features, precision=None):
-    """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,), means
-    over equally likely slices of the times: which part of the way from noise to clip is hard. `precision` is
-    the autocast type, None for float32."""
+    """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,),
+    means over equally likely slices of the times: which part of the way from noise to clip is hard.
+    `precision` is the autocast type, None for float32."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     losses = []
@@ -170,13 +161,15 @@ def starting_point(args, run) -> Checkpoint | None:
     if not args.base:
         return None
     start = load_checkpoint(args.base)
+    if start.model.config.llm_dim:
+        raise ValueError(f"{args.base} has a branch for an LLM, which cannot be trained yet")
     if args.text not in (None, start.header["text_encoder"]):
         raise ValueError(f"{args.base} was trained with --text {start.header['text_encoder']}")
     for operator in filter(None, (args.grow or "").split(",")):
         options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
         start = grow_state(start, operator, **options)
     clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
-    if clip:
+    if any(value != getattr(start.model.config, name) for name, value in clip.items()):
         start = grow_state(start, "clip", **clip)
     if args.tune == "lora" and not start.model.config.lora_rank:
         start = grow_state(start, "lora", rank=args.rank)
@@ -190,16 +183,18 @@ def freeze(model, ema, tune, new):
         if not (tune == "all" or (tune == "lora" and "lora_" in name) or (tune == "new" and name in new)):
             parameter.requires_grad_(False).data.copy_(averaged)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--tune {tune} leaves nothing to train: grow the model first")
+        raise ValueError(f"--tune {tune} leaves nothing to train: no growth has made such parameters")
 
 
-def train(args):
-    """Train as the command line says (see `parse_arguments`) -> the run's directory. Raises ValueError or
-    OSError, in one line, for whatever the user can mend."""
+def train(args, started=None):
+    """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
+    began at `started` (`time.perf_counter`), by default now. Raises ValueError or OSError, in one line, for
+    whatever the user can mend."""
+    started = started or time.perf_counter()
     run = Path(args.out)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    if (run / "checkpoint").exists() and not args.resume:
+    if not args.resume and any((run / name).exists() for name in ("checkpoint", "checkpoint.old")):
         raise ValueError(f"{run} holds a run already: go on with --resume, or name another with --out")
     start = starting_point(args, run)
     config = PRESETS[args.preset] if start is None else start.model.config
@@ -226,14 +221,20 @@ def train(args):
     config = model.config
     args.tune = args.tune or ("lora" if config.lora_rank else "all")
     freeze(model, ema, args.tune, header.get("new", ()))
-    peak = args.lr or 3e-3 * (128 / config.width) ** 0.5
+    wider = (
+        config.width / 128
+    ) ** 0.5  # the peak falls with the root of the width, and is kept from run to run
+    peak_at_128 = args.lr * wider if args.lr else state.get("peak_at_128", 3e-3)
+    peak = peak_at_128 / wider
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for name, parameter in trained.items():
         if name in moments:
             optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
     shape = (args.batch, 3, config.frames, config.size, config.size)
-    step_flops = 3 * args.batch * config.flops(features.max_length)  # backward costs twice forward
+    step_flops = (
+        3 * args.batch * config.flops(features.max_length)
+    )  # backward costs twice forward, or less if much is frozen
 
     # Where the run stands.
     (run / "args.json").write_text(json.dumps(vars(args), indent=1))
@@ -243,10 +244,11 @@ def train(args):
         records = [r for r in map(json.loads, metrics.read_text().splitlines()) if r["step"] <= state["step"]]
     else:
         rate = state.get("lr", 0.0)
-        state = {"step": 0, "seconds": 0.0, "flops_before": header["flops"], "lr_before": rate, "lr": rate}
+        state = {"step": 0, "seconds": 0.0, "look_seconds": 0.0, "flops_before": header["flops"]}
+        state |= {"lr_before": rate, "lr": rate, "peak_at_128": peak_at_128}
     steps_before = sum(event.get("steps", 0) for event in history)
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
-    begun = START - state["seconds"]  # time counts from the start of the process: --minutes means minutes
+    begun = started - state["seconds"]
 
     def record(**entry):
         records.append({"step": state["step"], **entry})
@@ -255,8 +257,10 @@ def train(args):
 
     def look():
         """Validate, draw samples, save."""
-        started = time.perf_counter()
+        begin = time.perf_counter()
         by_t = validation_loss(ema, held_out, features, precision).tolist()
+        if not math.isfinite(sum(by_t)):
+            raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
         record(val_loss=sum(by_t) / T_BINS, val_loss_by_t=by_t)
         noise = torch.randn(len(PROMPTS), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
         text, mask = (v.to(device) for v in features.batch(PROMPTS))
@@ -272,14 +276,15 @@ def train(args):
         save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state))
         if any("loss" in r for r in records):
             plot_losses(run, records)
-        return time.perf_counter() - started
+        state["look_seconds"] = time.perf_counter() - begin  # what the end of the run will take
 
-    if args.base and not args.resume and history != (base := load_model(args.base))[1]["history"]:
-        models = base[0].to(device), ema
-        before, after = (validation_loss(m, held_out, features).mean().item() for m in models)
-        print(f"{tree(history)}\nfloat32 loss {before:.6f} before growth, {after:.6f} after")
-        record(loss_before_growth=before, loss_after_growth=after)
-    look_seconds = 0.0 if args.resume else look()  # what the end of the run will take
+    if not args.resume:
+        if args.base and history != (base := load_model(args.base))[1]["history"]:
+            losses = [validation_loss(m, held_out, features).mean().item() for m in (base[0].to(device), ema)]
+            print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *losses))
+            record(loss_before_growth=losses[0], loss_after_growth=losses[1])
+            del base
+        look()
 
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
         for block in model.blocks:
@@ -288,7 +293,9 @@ def train(args):
     losses, logged, looked = [], time.perf_counter(), state["step"]
     while True:
         step, seconds = state["step"], time.perf_counter() - begun
-        progress = (seconds + look_seconds) / (60 * args.minutes) if args.minutes else step / args.steps
+        progress = step / args.steps
+        if args.minutes:  # with time left for the last look
+            progress = (seconds + state["look_seconds"]) / (60 * args.minutes)
         if progress >= 1:
             break
         for group in optimiser.param_groups:
@@ -315,14 +322,13 @@ def train(args):
             speed = len(losses) * args.batch / (now - logged)
             losses, logged = [], now
             if not math.isfinite(mean):
-                raise ValueError(
-                    f"the loss is {mean} at step {step}: lower --lr; the last checkpoint is kept"
-                )
+                raise ValueError(f"the loss is {mean} at step {step}: {DIVERGED}")
             flops = state["flops_before"] + step * step_flops
             record(loss=mean, lr=group["lr"], flops=flops, seconds=now - begun, samples_per_second=speed)
             bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} clips/s")
         if step % args.every == 0:
-            look_seconds, looked = look(), step
+            look()
+            looked = step
             losses, logged = [], time.perf_counter()  # a resumed run starts here with none
     if looked != state["step"]:
         look()
@@ -385,18 +391,22 @@ def parse_arguments(argv=None):
     add("--compile", action=compiling, help="torch.compile [on, if there is a C++ compiler]")
     args = parser.parse_args(argv)
     base = args.base or ("runs/base" if args.grow else None)
+    names = [part for part in Path(base or "").parts if part != "checkpoint"]
     suffix = args.grow.replace(",", "-") if args.grow else "lora" if args.tune == "lora" else "more"
-    args.out = args.out or (f"runs/{Path(base).name}-{suffix}" if base else "runs/base")
+    args.out = args.out or (f"runs/{names[-1]}-{suffix}" if names else "runs/base")
     if args.resume:
-        saved = Path(args.out) / "args.json"
-        if not saved.is_file():
+        if not (saved := Path(args.out) / "args.json").is_file():
             raise FileNotFoundError(f"there is no run to resume in {args.out}")
-        return parser.parse_args(argv, argparse.Namespace(**json.loads(saved.read_text())))
+        before = json.loads(saved.read_text()) | {"out": args.out, "resume": True}
+        args = parser.parse_args(argv, argparse.Namespace(**before))
+        free = {"steps", "minutes", "every", "device", "precision", "compile"}
+        if changed := [
+            name for name, value in before.items() if vars(args)[name] != value and name not in free
+        ]:
+            raise ValueError(f"--resume goes on with the arguments the run had: leave out --{changed[0]}")
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width and mlp")
-    if args.grow and args.tune == "lora":
-        raise ValueError("with --tune lora the growth would stay silent: --tune all or new")
     data = "rich" if base else "basic"
     usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
     usual["clips"] = 4096 if (args.data or data) == "rich" else 16384
@@ -407,7 +417,7 @@ def parse_arguments(argv=None):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in [
+    positive = (
         "clips",
         "steps",
         "batch",
@@ -419,7 +429,8 @@ def parse_arguments(argv=None):
         "rank",
         "frames",
         "size",
-    ]:
+    )
+    for name in positive:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")
     if not 0 <= args.decay <= 1:
@@ -429,7 +440,7 @@ def parse_arguments(argv=None):
 
 if __name__ == "__main__":
     try:
-        train(parse_arguments())
+        train(parse_arguments(), START)
     except KeyboardInterrupt:
         sys.exit("stopped; the last checkpoint is kept, and --resume goes on from it")
     except (ValueError, OSError) as error:  # whatever a user can mend
