@@ -145,7 +145,7 @@ def grid_positions(t, h, w, device):
 
 def sincos(positions, dim, highest_period=10_000.0):
     """Sines and cosines of positions (...,) at dim/2 frequencies (arXiv 1706.03762, section 3.5)
-    -> (..., dim). Periods run from 2 pi to 2 pi times the highest."""
+    -> (..., dim). Periods run from 2 pi up to 2 pi times `highest_period`."""
     half = dim // 2
     frequencies = highest_period ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions.unsqueeze(-1).float() * frequencies

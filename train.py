@@ -144,6 +144,7 @@ def plot_losses(run: Path, records):
     for i, (step, _, by_t) in enumerate(val):
         shade = 0.15 + 0.75 * (i + 1) / len(val)
         right.plot(times, by_t, color=str(1 - shade), label=f"step {step}")
+    right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(run / "loss.png", dpi=100)
@@ -232,9 +233,7 @@ def train(args, started=None):
         if name in moments:
             optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
     shape = (args.batch, 3, config.frames, config.size, config.size)
-    step_flops = (
-        3 * args.batch * config.flops(features.max_length)
-    )  # backward costs twice forward, or less if much is frozen
+    step_flops = 3 * args.batch * config.flops(features.max_length)  # as if nothing were frozen
 
     # Where the run stands.
     (run / "args.json").write_text(json.dumps(vars(args), indent=1))
