@@ -74,11 +74,12 @@ class DiTConfig:
     text_dim: int = 384  # channels of the text encoder's features (MiniLM: 384)
     llm_dim: int = 0  # channels of the LLM's features; 0: no LLM branch
     lora_rank: int = 0  # of the adapters on attention and MLP; 0: none
+    llm_refiner: int = 0  # blocks that let the LLM's features look at each other
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("llm_dim", "lora_rank") else 1
+            least = 0 if field.name in ("llm_dim", "lora_rank", "llm_refiner") else 1
             if type(value) is not int or not least <= value <= 65536:
                 raise ValueError(
                     f"{field.name} is {value!r}; it must be a whole number from {least} to 65536"
@@ -111,7 +112,10 @@ class DiTConfig:
         block += D * 3 * D * (2 + len(contexts))  # adaLN
         embed = 2 * N * self.patch_dim * D + sum(L * (dim + D) * D for L, dim in contexts)
         embed += (TIME_DIM + 3 * D) * D
-        return 2 * (self.depth * block + embed)
+        L = llm_length if self.llm_dim else 0
+        refiner = linear(L, D, 3 * D) + 2 * L * L * D + linear(L, D, D) + 6 * D * D
+        refiner += linear(L, D, R * D) + linear(L, R * D, D)
+        return 2 * (self.depth * block + embed + (self.llm_refiner * refiner if L else 0))
 
 
 PRESETS: dict[str, DiTConfig] = {
@@ -197,13 +201,16 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width, rank)
         self.proj = Linear(width, width, rank)
 
-    def forward(self, x, rope):
-        """x (B, N, D), rope from `rope_angles` -> (B, N, D)."""
+    def forward(self, x, rope=None, mask=None):
+        """x (B, N, D), rope from `rope_angles`, or None for tokens without a place; mask (B, N) -> (B, N,
+        D)."""
         q, k, v = (
             self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )  # 3 x (B, heads, N, d)
-        q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        q, k = rms_norm(q), rms_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class CrossAttention(nn.Module):
@@ -264,6 +271,27 @@ class Block(nn.Module):
         return x
 
 
+class Refiner(nn.Module):
+    """A block in front of the LLM branch. A causal LLM hides later words from earlier ones; here they all
+    meet (LI-DiT, arXiv 2406.11831). Its gates start at zero: at first it passes the features on."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        D = config.width
+        self.attn = SelfAttention(D, config.heads, config.lora_rank)
+        self.mlp = MLP(D, config.mlp_ratio * D, D, config.lora_rank)
+        self.adaln = nn.Linear(D, 6 * D)
+
+    def forward(self, x, c, mask):
+        """x (B, L, D), c (B, D), mask (B, L) -> (B, L, D)."""
+        modulation = self.adaln(c).unflatten(-1, (2, 3, 1, -1)).unbind(1)
+        for branch, (shift, scale, gate) in zip(
+            (lambda h: self.attn(h, mask=mask), self.mlp), (m.unbind(1) for m in modulation), strict=True
+        ):
+            x = x + gate * branch(layer_norm(x) * (1 + scale) + shift)
+        return x
+
+
 class DiT(nn.Module):
     """The video diffusion transformer. `DiT(config)` has zero gates and a zero output: it predicts grey."""
 
@@ -275,6 +303,9 @@ class DiT(nn.Module):
         self.time_embed = MLP(TIME_DIM, D, D)
         self.text_embed = MLP(config.text_dim, D, D)
         self.llm_embed = MLP(config.llm_dim, D, D) if config.llm_dim else None
+        self.refiner = nn.ModuleList(
+            Refiner(config) for _ in range(config.llm_refiner if config.llm_dim else 0)
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_adaln = nn.Linear(D, 2 * D)  # shift and scale before the output
         self.final = nn.Linear(D, config.patch_dim)
@@ -313,7 +344,10 @@ class DiT(nn.Module):
         rope = rope_angles(positions, head_dim)
         text = layer_norm(self.text_embed(layer_norm(text.to(x.dtype))))  # (B, L, D)
         if llm is not None:
-            llm = layer_norm(self.llm_embed(layer_norm(llm.to(x.dtype))))  # (B, L', D)
+            llm = self.llm_embed(layer_norm(llm.to(x.dtype)))  # (B, L', D)
+            for block in self.refiner:
+                llm = block(llm, c, llm_mask)
+            llm = layer_norm(llm)
         for block in self.blocks:
             x = block(x, c, rope, text, text_mask, llm, llm_mask)  # (B, N, D)
         shift, scale = self.final_adaln(c).unsqueeze(1).chunk(2, -1)  # (B, 1, D) each

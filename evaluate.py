@@ -39,7 +39,7 @@ from checkpoint import find_checkpoint, load_model
 from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyWorld, caption, make_scenes
 from draw import places
 from sample import GUIDANCE, STEPS, autocast, newest_checkpoint, pick_device, pick_precision, solve
-from text_encoder import NULL_PROMPT, cache_dir, encode
+from text_encoder import NULL_PROMPT, Prompts, cache_dir
 from train import validation_loss
 
 ATTRIBUTES = ("subject", "colour", "motion", "background")
@@ -262,8 +262,10 @@ def evaluate(checkpoint, reader, count=200, steps=STEPS, guidance=GUIDANCE, devi
     model.to(device)
     sets = prompt_sets(count)
     held_out = ToyWorld("basic", 256, 1, model.config.frames, model.config.size)
-    features = encode(
-        [*held_out.captions, *(c for _, captions in sets.values() for c in captions)], header["text_encoder"]
+    prompts = Prompts(
+        [*held_out.captions, *(c for _, captions in sets.values() for c in captions)],
+        header,
+        model.config.llm_dim,
     )
     scores = {}
     for name, (scenes, captions) in sets.items():
@@ -271,12 +273,12 @@ def evaluate(checkpoint, reader, count=200, steps=STEPS, guidance=GUIDANCE, devi
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         clips = []
         for rows in tqdm(torch.arange(count).split(50), f"sampling {name}"):
-            text = features.batch([captions[i] for i in rows])
-            inputs = [v.to(device) for v in (noise[rows], *text, *features.batch([NULL_PROMPT]))]
+            prompt = prompts.batch([captions[i] for i in rows])
+            prompt, null = ([v.to(device) for v in p] for p in (prompt, prompts.batch([NULL_PROMPT])))
             with autocast(device, precision):
-                clips.append(solve(model, *inputs, steps, guidance).cpu())
+                clips.append(solve(model, noise[rows].to(device), prompt, null, steps, guidance).cpu())
         scores[name] = score(reader, torch.cat(clips), scenes)
-    scores["val_loss"] = validation_loss(model, held_out, features, precision).tolist()
+    scores["val_loss"] = validation_loss(model, held_out, prompts, precision).tolist()
     return scores
 
 

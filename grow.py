@@ -129,9 +129,9 @@ def grow_mlp(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
     return _duplicate(model, factor, noise, ("mlp_ratio",))
 
 
-def grow_llm(model: DiT, llm_dim: int) -> DiT:
-    """In each block a cross-attention to `llm_dim` channels of an LLM, right after the one to the text and
-    a copy of it, with a zero gate (ModelGrow, figure 2). The text's embedding is copied if it fits."""
+def grow_llm(model: DiT, llm_dim: int, refiner: int = 0) -> DiT:
+    """In each block a cross-attention to `llm_dim` channels of an LLM, a copy of the one to the text right
+    before it, with a zero gate; in front, `refiner` new blocks. The text's embedding is copied if it fits."""
     if model.config.llm_dim:
         raise ValueError(f"this model has an LLM branch already, for {model.config.llm_dim} channels")
     if llm_dim < 1:
@@ -148,7 +148,7 @@ def grow_llm(model: DiT, llm_dim: int) -> DiT:
             )
         elif name.startswith("text_embed.") and llm_dim == model.config.text_dim:
             weights[name.replace("text_embed.", "llm_embed.")] = weight
-    return _assemble(model, weights, llm_dim=llm_dim)
+    return _assemble(model, weights, llm_dim=llm_dim, llm_refiner=refiner)
 
 
 def grow_clip(model: DiT, frames: int | None = None, size: int | None = None) -> DiT:
@@ -438,7 +438,7 @@ def main(argv=None):
     print(tree(checkpoint.header["history"]))
     if args.out:
         save_checkpoint(Path(args.out) / "checkpoint", checkpoint)
-        print(f"written to {args.out}; go on with `python train.py --from {args.out}`")
+        print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from dit import check_shape
-from text_encoder import NULL_PROMPT, TextEncoder
+from text_encoder import NULL_PROMPT, encoders, make_encoder
 
 FPS = 8  # a clip of 8 frames lasts a second
 STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
@@ -44,31 +44,30 @@ STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
 
 @torch.no_grad()
 def solve(
-    model, noise, text, text_mask, null, null_mask, steps=STEPS, guidance=GUIDANCE,
+    model, noise, prompt, null, steps=STEPS, guidance=GUIDANCE,
     interval=INTERVAL, method="heun", progress=None,
 ):  # fmt: skip
     """Follow the flow from noise to clips.
 
-    noise (B, 3, T, H, W) standard normal; text (B, L, D) and text_mask (B, L); null and null_mask, the same
-    for the null prompt, (1, L', D) with L' <= L; `guidance` is applied where interval[0] <= t <= interval[1];
+    noise (B, 3, T, H, W) standard normal; prompt, features (B, L, D) and mask (B, L) of each text encoder in
+    turn; null, the same for the null prompt, (1, L', D) with L' <= L; `guidance` is applied where
+    interval[0] <= t <= interval[1];
     `method` is "heun" or "euler"; `progress` is called after every step -> clips (B, 3, T, H, W), about in
     [-1, 1].
     """
     if method not in ("heun", "euler"):
         raise ValueError(f"no solver is called {method!r}; there are heun and euler")
-    B = len(text)
-    both = torch.cat([text, torch.zeros_like(text)])
-    both_mask = torch.cat([text_mask, torch.zeros_like(text_mask)])
-    both[B:, : null.shape[1]], both_mask[B:, : null.shape[1]] = null, null_mask
+    B = len(noise)
+    both = [torch.cat([full, torch.zeros_like(full)]) for full in prompt]
+    for full, empty in zip(both, null, strict=True):
+        full[B:, : empty.shape[1]] = empty
 
     def velocity(x, t):
         times = x.new_full((B,), t)
         if guidance == 1 or not interval[0] <= t <= interval[1]:
-            clean = model(x, times, text, text_mask)
+            clean = model(x, times, *prompt)
         else:  # the prompt and the null prompt in one batch
-            prompted, unprompted = model(torch.cat([x, x]), torch.cat([times, times]), both, both_mask).chunk(
-                2
-            )
+            prompted, unprompted = model(torch.cat([x, x]), torch.cat([times, times]), *both).chunk(2)
             clean = unprompted + guidance * (prompted - unprompted)
         return (clean.float() - x) / (1 - t)
 
@@ -212,8 +211,11 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     lap("model")
 
-    encoder = TextEncoder(header["text_encoder"])
-    (text, text_mask), (null, null_mask) = encoder(prompts), encoder([NULL_PROMPT])
+    prompt, null = [], []  # features and mask of each encoder
+    for name, layers in encoders(header, model.config.llm_dim):
+        encoder = make_encoder(name, layers)
+        prompt += encoder(prompts)
+        null += encoder([NULL_PROMPT])
     lap("text")
 
     def draw(seed, number):  # by number, so that --num 4 begins with the videos of --num 2
@@ -226,11 +228,10 @@ def main(argv=None):
         for start in range(0, len(jobs), 16):
             rows = torch.tensor([prompt for prompt, _ in jobs[start : start + 16]])
             noise = torch.stack([draw(args.seed, number) for _, number in jobs[start : start + 16]])
-            inputs = [v.to(device) for v in (noise, text[rows], text_mask[rows], null, null_mask)]
+            given, empty = [v[rows].to(device) for v in prompt], [v.to(device) for v in null]
+            how = args.steps, args.guidance, args.interval, args.method, bar.update
             with autocast(device, pick_precision("auto", device)):
-                clips = solve(
-                    model, *inputs, args.steps, args.guidance, args.interval, args.method, bar.update
-                )
+                clips = solve(model, noise.to(device), given, empty, *how)
             written += list(to_uint8(clips))
     lap("sampling")
     used = Counter()

