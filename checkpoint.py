@@ -146,3 +146,28 @@ def tree(history: list[dict]) -> str:
             what = f"{event['steps']} steps on {event['train']}, {event['captions']} captions"
             lines.append(f"{indent}trained {what}, tuning {event['tune']}, seed {event['seed']}")
     return "\n".join(lines)
+
+
+def plot_losses(path: Path, records, times):
+    """The picture of a run: training loss and validation loss over steps, and validation loss over time t;
+    `times` are those that the validation losses by t stand for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    val = [(r["step"], r["val_loss"], r["val_loss_by_t"]) for r in records if "val_loss" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
+    left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
+    left.set(xlabel="step", ylabel="velocity loss", yscale="log")
+    left.legend()
+    for i, (step, _, by_t) in enumerate(val):
+        shade = 0.15 + 0.75 * (i + 1) / len(val)
+        right.plot(times, by_t, color=str(1 - shade), label=f"step {step}")
+    right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -12,11 +12,12 @@ which of several words. Scenes turn into JSON and back, and render to the same b
 **Two sets.** `basic` has one actor and short captions; the base model is pre-trained on it. `rich` has
 several actors, relations, counts, changes and camera moves, with long captions; grown models are trained on
 it, as ModelGrow (arXiv 2412.18966, section on data) continues with longer, more detailed captions than its
-base had.
+base had. `both` alternates between the two, so that nothing is forgotten.
 
-**What is kept from training.** Two fixed lists make generalisation measurable: `HELD_OUT_PAIRS`, (kind,
-motion) pairs that never occur together (a cat never surfs), and the second column of `WORDS`, words that
-never occur in a training caption (a *feline* that is *ascending*).
+**What is kept from training.** Three fixed lists make generalisation measurable: `HELD_OUT_PAIRS`, (kind,
+motion) pairs that never occur together (a cat never surfs); the second column of `WORDS`, words that
+never occur in a training caption (a *feline* that is *ascending*); and `HELD_OUT_FORMS`, sentences built as
+no training caption is.
 
 How a scene becomes pixels is the next file, draw.py.
 """
@@ -81,6 +82,16 @@ HELD_OUT_PAIRS = (
     ("cat", "surf"), ("dog", "spin"), ("fish", "up"), ("bird", "down"),
     ("car", "bounce"), ("rocket", "left"), ("boat", "still"), ("ball", "right"),
 )  # fmt: skip
+HELD_OUT_FORMS = (  # of one actor: {a} is its article, colour and kind
+    "there is {a} {place}, and it is {motion}",
+    "this is a video of {a}; {place} it is {motion}",
+    "{motion} {place}: {a}",
+    "what is {motion} {place}? it is {a}",
+    "{kind}, {colour}, {motion}, {place}",
+    "the {kind}, which is {colour}, is {motion} {place}",
+    "look {place}, and you see how {a} is {motion}",
+    "somebody filmed {a} that was {motion} while they were {place}",
+)
 PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or words not in training
     "a red cat moving left in a meadow",
     "a blue rocket rising at night",
@@ -158,11 +169,13 @@ def make_scene(which: str, seed: int, held_out: bool = False) -> Scene:
 
 
 def make_scenes(which: str, count: int, seed: int = 0, held_out: bool = False) -> list[Scene]:
-    """`count` scenes of set `which`; the same arguments give the same scenes, and other seeds give other
-    ones."""
-    if which not in ("basic", "rich"):
-        raise ValueError(f"no set of scenes is called {which!r}; there are basic and rich")
-    return [make_scene(which, seed * 10_000_000 + i, held_out) for i in range(count)]
+    """`count` scenes of set `which`, or of "both" in turn; the same arguments give the same scenes, and other
+    seeds give other ones."""
+    sets = {"basic": ("basic",), "rich": ("rich",), "both": ("basic", "rich")}
+    if which not in sets:
+        raise ValueError(f"no set of scenes is called {which!r}; there are {', '.join(sets)}")
+    names = sets[which]
+    return [make_scene(names[i % len(names)], seed * 10_000_000 + i, held_out) for i in range(count)]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -191,10 +204,10 @@ SHOTS = {
 def caption(scene: Scene, detail: str = "short", words: str = "train", omit: float = 0.0) -> str:
     """What the scene shows, in words chosen by its seed, always the same ones.
 
-    `detail` is "short" (one sentence) or "detailed" (30 to 100 words: looks, setting, camera). `words` is
-    "train" or "held_out". `omit` is the chance of leaving out colour, and that of leaving out background,
-    each: a training set with a few such captions teaches the model to choose for itself when a prompt is
-    silent.
+    `detail` is "short" (one sentence), "detailed" (30 to 100 words: looks, setting, camera) or "reworded" (of
+    one actor, short, in one of `HELD_OUT_FORMS`). `words` is "train" or "held_out". `omit` is the chance of
+    leaving out colour, and that of leaving out background, each: a training set with a few such captions
+    teaches the model to choose for itself when a prompt is silent.
     """
     rng = np.random.default_rng([scene.seed, 1])
     column = ("train", "held_out").index(words)
@@ -220,6 +233,13 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
         verb = verb if verb_s else verb[:-1]
         return f" {verb} {word('colour', colour[0])}" if colour else f" {verb}"
 
+    if detail == "reworded":
+        (actor,) = scene.actors
+        kind, colour = word("kind", actor.kind), word("colour", actor.colour)
+        return HELD_OUT_FORMS[rng.integers(len(HELD_OUT_FORMS))].format(
+            a=f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}", kind=kind, colour=colour,
+            motion=word("motion", actor.motion), place=word("background", scene.background),
+        )  # fmt: skip
     place = "" if rng.random() < omit else word("background", scene.background)
     others = scene.actors[1:]
     if detail == "detailed":
@@ -256,7 +276,8 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
 
 
 class ToyWorld:
-    """`count` clips of set `which` with captions, the same for the same seed.
+    """`count` clips of set `which` with captions, the same for the same seed. Captions are of one `detail`,
+    or of "both", short and detailed in turn.
 
     Clips are kept as uint8 in memory (`cache`, 25 kB for 8 frames of 32x32), or rendered each time they are
     asked for.
@@ -266,7 +287,10 @@ class ToyWorld:
         self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", omit=0.1, cache=True
     ):
         self.scenes = make_scenes(which, count, seed)
-        self.captions = [caption(scene, detail, omit=omit) for scene in self.scenes]
+        details = ("short", "detailed") if detail == "both" else (detail,)
+        self.captions = [  # i // 2, since sets alternate too
+            caption(scene, details[i // 2 % len(details)], omit=omit) for i, scene in enumerate(self.scenes)
+        ]
         self.frames, self.size, self.videos = frames, size, None
         if cache:
             chunks = [self.scenes[i : i + 128] for i in range(0, count, 128)]

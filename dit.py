@@ -119,7 +119,7 @@ class DiTConfig:
 
 
 PRESETS: dict[str, DiTConfig] = {
-    "nano": DiTConfig(patch_time=2, patch_size=8, width=64, depth=4, heads=2),  # study and tests
+    "nano": DiTConfig(patch_time=2, patch_size=8, width=128, depth=4, heads=4),  # study and tests
     "tiny": DiTConfig(patch_size=4, width=128, depth=4, heads=4),  # the default on CPU
     "small": DiTConfig(
         frames=16, size=64, patch_time=2, patch_size=4, width=384, depth=12, heads=6

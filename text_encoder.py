@@ -272,11 +272,16 @@ class Prompts:
     def __init__(self, texts: list[str], header: dict, llm_dim: int):
         self.streams = [encode(texts, *encoder) for encoder in encoders(header, llm_dim)]
 
-    def batch(self, texts: list[str], whole=False) -> tuple[torch.Tensor, ...]:
-        """B texts of the list -> features (B, L, dim) and mask (B, L) of each encoder in turn, as the model
-        takes them. L is that of the longest text given, or if `whole` of the longest of all."""
-        pairs = (stream.batch(texts, stream.max_length if whole else None) for stream in self.streams)
-        return tuple(tensor for pair in pairs for tensor in pair)
+    def batch(self, *texts: list[str], whole=False) -> tuple[torch.Tensor, ...]:
+        """B texts of the list, for all encoders or for each its own -> features (B, L, dim) and mask (B, L)
+        of each encoder in turn, as the model takes them. L is that of the longest text given, or if `whole`
+        of the longest of all."""
+        texts = texts if len(texts) > 1 else texts * len(self.streams)
+        return tuple(
+            tensor
+            for stream, own in zip(self.streams, texts, strict=True)
+            for tensor in stream.batch(own, stream.max_length if whole else None)
+        )
 
 
 def main(argv=None):

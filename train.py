@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, tree
+from checkpoint import Checkpoint, load_checkpoint, load_model, plot_losses, save_checkpoint, tree
 from data import PROMPTS, ToyWorld, save_grid
 from dit import PRESETS, DiT
 from grow import grow_state
@@ -52,6 +52,7 @@ START = time.perf_counter()  # of the process: --minutes means minutes
 T_BINS = 8  # slices of the times, equally likely in training, for the validation loss
 TUNE = ("all", "new", "lora")
 DIVERGED = "lower --lr; the last checkpoint is kept"
+DROP = 0.1  # share of captions replaced by the null prompt, for guidance
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 
 # --------------------------------------------------------------------------------------------------------
@@ -74,12 +75,12 @@ def time_of(normal):
 
 def random_draws(seed, step, shape, count):
     """All that is random in step `step` of a run: B row numbers below `count`, logit-normal times (B,),
-    noise of `shape` (B, 3, T, H, W), and which captions to drop (B,) bool."""
+    noise of `shape` (B, 3, T, H, W), and uniform numbers (B,) that decide which captions to drop."""
     generator = torch.Generator().manual_seed(seed * 1_000_000_007 + step)
     rows = torch.randint(count, shape[:1], generator=generator)
     t = time_of(torch.randn(shape[0], generator=generator))
     noise = torch.randn(shape, generator=generator)
-    return rows, t, noise, torch.rand(shape[0], generator=generator) < 0.1
+    return rows, t, noise, torch.rand(shape[0], generator=generator)
 
 
 @torch.no_grad()
@@ -119,35 +120,6 @@ def learning_rate(peak, step, progress, warmup, decay=0.3, start=0.0):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Files of a run
-
-
-def plot_losses(run: Path, records):
-    """run/loss.png: training loss and validation loss over steps, and validation loss over time t."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"], r["val_loss_by_t"]) for r in records if "val_loss" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
-    left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
-    left.set(xlabel="step", ylabel="velocity loss", yscale="log")
-    left.legend()
-    times = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
-    for i, (step, _, by_t) in enumerate(val):
-        shade = 0.15 + 0.75 * (i + 1) / len(val)
-        right.plot(times, by_t, color=str(1 - shade), label=f"step {step}")
-    right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
-    right.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(run / "loss.png", dpi=100)
-    plt.close(figure)
-
-
-# --------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -163,7 +135,7 @@ def starting_point(args, run) -> Checkpoint | None:
     for operator in filter(None, (args.grow or "").split(",")):
         options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
         if operator == "llm":
-            options = {"llm_dim": encode([], args.llm, args.llm_features).dim}
+            options = {"llm_dim": encode([], args.llm, args.llm_features).dim, "refiner": args.refiner}
             start.header.update(llm=args.llm, llm_features=args.llm_features)
         start = grow_state(start, operator, **options)
     clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
@@ -184,10 +156,10 @@ def freeze(model, ema, tune, new):
         raise ValueError(f"--tune {tune} leaves nothing to train: no growth has made such parameters")
 
 
-def train(args, started=None):
+def train(args, started=None, read=Prompts):
     """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
-    began at `started` (`time.perf_counter`), by default now. Raises ValueError or OSError, in one line, for
-    whatever the user can mend."""
+    began at `started` (`time.perf_counter`), by default now. `read` is how prompts become features. Raises
+    ValueError or OSError, in one line, for whatever the user can mend."""
     started = started or time.perf_counter()
     run = Path(args.out)
     device = pick_device(args.device)
@@ -207,7 +179,7 @@ def train(args, started=None):
     )
     texts = [*world.captions, *held_out.captions, *PROMPTS]
     header = start.header if start else {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
-    prompts = Prompts(texts, header, config.llm_dim)
+    prompts = read(texts, header, config.llm_dim)
     lengths = [stream.max_length for stream in prompts.streams]
 
     if start is None:
@@ -269,13 +241,14 @@ def train(args, started=None):
         moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
         save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state))
         if any("loss" in r for r in records):
-            plot_losses(run, records)
+            middles = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
+            plot_losses(run / "loss.png", records, middles)
         state["look_seconds"] = time.perf_counter() - begin  # what the end of the run will take
 
     if not args.resume:
         if args.base and history != (base := load_model(args.base))[1]["history"]:
-            read = Prompts(texts, base[1], base[0].config.llm_dim)
-            both = (base[0].to(device), read), (ema, prompts)
+            before = Prompts(texts, base[1], base[0].config.llm_dim)
+            both = (base[0].to(device), before), (ema, prompts)
             losses = [validation_loss(m, held_out, p).mean().item() for m, p in both]
             print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *losses))
             record(loss_before_growth=losses[0], loss_after_growth=losses[1])
@@ -297,8 +270,11 @@ def train(args, started=None):
             group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
         rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
         x, captions = world.batch(rows)
-        captions = [NULL_PROMPT if d else c for c, d in zip(captions, drop, strict=True)]
-        prompt = prompts.batch(captions, whole=True)
+        streams = [  # one list of captions for each encoder; the first one may lose more of them
+            [NULL_PROMPT if d < share else c for c, d in zip(captions, drop.tolist(), strict=True)]
+            for share in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
+        ]
+        prompt = prompts.batch(*streams, whole=True)
         x, t, noise, *prompt = (v.to(device, non_blocking=True) for v in (x, t, noise, *prompt))
         with autocast(device, precision):
             loss = flow_loss(model, x, t, noise, prompt).mean()
@@ -352,9 +328,9 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
     add("--frames", type=int, help="frames of a clip [as the preset or the base]")
     add("--size", type=int, help="pixels per side of a clip [as the preset or the base]")
-    add("--data", choices=("basic", "rich"), help="set of clips [basic; rich if going on from another run]")
-    add("--captions", choices=("short", "detailed"), help="[short for basic, detailed for rich]")
-    add("--clips", type=int, help="clips in the training set [16384; 4096 of rich, whose captions are long]")
+    add("--data", choices=("basic", "rich", "both"), help="set of clips [basic; rich if going on]")
+    add("--captions", choices=("short", "detailed", "both"), help="[short, detailed or both, as the data]")
+    add("--clips", type=int, help="clips in the training set [16384 of basic; 4096, whose captions are long]")
     add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
     add = parser.add_argument_group("going on from a run, the base (grow.py grows in more ways)").add_argument
     add("--from", dest="base", help="run or checkpoint to go on from [runs/base if growing, else none]")
@@ -371,6 +347,8 @@ def parse_arguments(argv=None):
         choices=LAYERS,
         help="which of its layers [mean: of all, normalised]",
     )
+    add("--refiner", type=int, default=0, help="blocks in which its features look at each other [0]")
+    add("--drop-text", type=float, default=0.0, help="share of captions that only the LLM gets to read [0]")
     add("--tune", choices=TUNE, help="train all, what is new, or adapters beside frozen weights [all]")
     add("--rank", type=int, default=8, help="of the adapters for --tune lora [8]")
     add = parser.add_argument_group("how long and how").add_argument
@@ -408,34 +386,26 @@ def parse_arguments(argv=None):
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp", "llm"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
-    data = "rich" if base else "basic"
+    data = args.data or ("rich" if base else "basic")
     usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
-    usual["clips"] = 4096 if (args.data or data) == "rich" else 16384
+    usual["captions"] = {"basic": "short", "rich": "detailed", "both": "both"}[data]
+    usual["clips"] = 16384 if data == "basic" else 4096
     usual |= {"steps": 1200 if base else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
     if args.quick:
         usual |= {"preset": "nano", "clips": 256, "batch": 8, "every": 10, "steps": 20, "compile": False}
-    usual["captions"] = "detailed" if (args.data or data) == "rich" else "short"
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    positive = (
-        "clips",
-        "steps",
-        "batch",
-        "warmup",
-        "every",
-        "lr",
-        "minutes",
-        "add",
-        "rank",
-        "frames",
-        "size",
-    )
-    for name in positive:
+    for name in (
+        "clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add", "rank", "frames", "size"
+    ):  # fmt: skip
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")
-    if not 0 <= args.decay <= 1:
-        raise ValueError(f"--decay is {args.decay}; it must be from 0 to 1")
+    for name, most in (("decay", 1), ("drop_text", 0.9)):
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be from 0 to {most}"
+            )
     return args
 
 
