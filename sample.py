@@ -15,6 +15,10 @@ what clips look like in general; moving away from that, x = x_null + guidance (x
 what the prompt adds. Guidance 1 means none. Within the `interval` of times only (arXiv 2404.07724): near t =
 0 guidance takes variety away, near t = 1 it does nothing but cost time.
 
+**Re-captions** (`--recaption`). The LLM of a grown model reads the prompt and behind it a longer one that it
+was asked to write (ModelGrow, figure 2; text_encoder.py); the small encoder reads the prompt alone. What was
+read lies beside the video, as a text file.
+
 Left out: distilled and adaptive solvers, negative prompts, and image conditioning.
 """
 
@@ -36,7 +40,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from dit import check_shape
-from text_encoder import NULL_PROMPT, encoders, make_encoder
+from text_encoder import NULL_PROMPT, cut, encoders, make_encoder
 
 FPS = 8  # a clip of 8 frames lasts a second
 STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
@@ -161,6 +165,10 @@ def parse_arguments(argv=None):
     parser.add_argument("prompt", nargs="?", help='what to show, such as "a cat surfing"')
     parser.add_argument("--prompts", help="a text file with a prompt per line, instead of the one prompt")
     parser.add_argument("--from", dest="source", help="run or checkpoint; the newest run, else pretrained/")
+    parser.add_argument(
+        "--recaption", action="store_true",
+        help="let the model's LLM rewrite the prompt in more detail first, and read that too (off)",
+    )  # fmt: skip
     parser.add_argument("--out", default="samples", help="folder for the videos (samples)")
     parser.add_argument("--num", type=int, default=1, help="videos per prompt (1)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other videos (0)")
@@ -192,6 +200,14 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
+def recaptioned(llm, prompt: str) -> str:
+    """The prompt with the LLM's re-caption behind it, or if that is of no use the prompt, and a line about
+    it."""
+    reply, reason = llm.recaption(prompt)
+    tqdm.write(f"re-caption: {reply}" if reply else f"{prompt!r} is used as it is: {reason}")
+    return f"{prompt}. {reply}" if reply else prompt
+
+
 def main(argv=None):
     """Make videos: `python sample.py "a cat surfing"`."""
     clock = [("imports", time.perf_counter() - START)]
@@ -212,9 +228,16 @@ def main(argv=None):
     lap("model")
 
     prompt, null = [], []  # features and mask of each encoder
+    if args.recaption and not model.config.llm_dim:
+        raise ValueError("--recaption needs a model that reads with an LLM: train.py --grow llm makes one")
+    texts = prompts
     for name, layers in encoders(header, model.config.llm_dim):
         encoder = make_encoder(name, layers)
-        prompt += encoder(prompts)
+        if args.recaption and layers:
+            texts = [recaptioned(encoder, text) for text in tqdm(prompts, "re-captioning")]
+        for line in cut(encoder, texts):
+            print(f"note: {line}")
+        prompt += encoder(texts)
         null += encoder([NULL_PROMPT])
     lap("text")
 
@@ -235,11 +258,13 @@ def main(argv=None):
             written += list(to_uint8(clips))
     lap("sampling")
     used = Counter()
-    for (prompt, _), frames_of_clip in zip(jobs, written, strict=True):
-        name = file_name(prompts[prompt])
+    for (row, _), frames_of_clip in zip(jobs, written, strict=True):
+        name = file_name(prompts[row])
         used[name] += 1  # a second video of one name is name-2, and none is lost
         path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
         write_video(path, frames_of_clip)
+        if args.recaption:
+            path.with_name(f"{path.name}.txt").write_text(texts[row] + "\n", "utf-8")
         print(f"{path}.mp4  {path}.gif")
     lap("files")
     clock.append(("in all", sum(seconds for _, seconds in clock)))

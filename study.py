@@ -34,7 +34,7 @@ from statistics import mean, stdev
 
 import torch
 
-from evaluate import evaluate, get_reader, prove
+from evaluate import Reader, evaluate, get_reader, prove, table
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
@@ -205,8 +205,9 @@ def main(argv=None):
         raise ValueError(f"no arm is called {unknown[0]!r}; there are {names}")
     results = Path(args.results)
     if not args.report:
-        reader = get_reader()
-        prove(reader)
+        reader = Reader().eval() if args.quick else get_reader()
+        if not args.quick:
+            print(table(prove(reader)))
         for seed in args.seeds[:1] if args.quick else args.seeds:
             for arm in ("base", *args.arms):
                 run_arm(arm, seed, Path(args.runs), results, reader, args.quick)

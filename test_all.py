@@ -31,6 +31,7 @@ import draw
 import evaluate
 import grow
 import sample
+import study
 import text_encoder
 import train
 from attention import attention
@@ -167,6 +168,32 @@ def test_omitted_attributes():
     some = [data.caption(s, omit=0.1) for s in scenes]
     missing = sum(not any(re.search(rf"\b{c}\b", t) for c in COLOURS) for t in some)
     assert 20 < missing < 65
+
+
+def test_held_out_forms_are_no_training_captions():
+    """With its words taken out, no training caption has the form of a reworded one, and nothing else is
+    new."""
+    phrases = [w for concept in WORDS.values() for trained, _ in concept.values() for w in trained]
+    pattern = re.compile("|".join(sorted(map(re.escape, phrases), key=len, reverse=True)))
+
+    def form(text):
+        return re.sub(r"\ban? ", "a ", pattern.sub("*", text))
+
+    scenes = data.make_scenes("basic", 1000)
+    trained = {form(data.caption(s, detail)) for s in scenes for detail in ("short", "detailed")}
+    reworded = [form(data.caption(s, "reworded")) for s in scenes]
+    assert len(set(reworded)) == len(data.HELD_OUT_FORMS) and not trained & set(reworded)
+    assert all(text.count("*") == 4 for text in reworded)  # kind, colour, motion and background are named
+    with pytest.raises(ValueError):
+        data.caption(next(s for s in data.make_scenes("rich", 20) if len(s.actors) > 1), "reworded")
+
+
+def test_both_sets_and_both_captions_in_turn():
+    world = data.ToyWorld("both", 8, cache=False, detail="both", omit=0)
+    assert [scene.seed for scene in world.scenes] == list(range(8))
+    for i, scene in enumerate(world.scenes):
+        assert scene == data.make_scene(("basic", "rich")[i % 2], i)
+        assert world.captions[i] == data.caption(scene, ("short", "detailed")[i // 2 % 2])
 
 
 def test_cached_clips_equal_rendered_ones():
@@ -315,6 +342,67 @@ def test_the_real_llm():
     assert (
         text_encoder.LanguageModel("smollm2").dim == 576 and time.perf_counter() - begun < 10
     )  # unpacked once
+
+
+GOOD = (
+    "a red cat moving left in a meadow between the trees. The cat has long pointed ears and a big nose, and"
+    " it looks at the sky. The camera stands still, and shows the scene from the side. The cat is happy."
+)
+
+
+@pytest.mark.parametrize(
+    "prompt, reply, fault",
+    [
+        ("a red cat moving left", GOOD, ""),
+        ("A CAT!", GOOD + " The blue one, the dog, looks right.", ""),  # a prompt that names neither
+        ("a red cat moving left", GOOD + " Its tail is blue.", "it says 'blue', which contradicts"),
+        ("a red cat moving left", GOOD + " It runs right.", "it says 'right', which contradicts"),
+        ("a cat moving left, then right", GOOD + " Then it runs right.", ""),
+        ("two cats", GOOD, "it lost 'two'"),
+        ("two cats", GOOD + " Two cats. Three cats.", "it says 'three', which contradicts"),
+        ("a cat rising", GOOD + " It was rising, now it is falling.", "it says 'falling'"),
+        ("a cat up and down", GOOD + " It goes up and down.", ""),
+        ("a cat", "a cat in a meadow", "5 words, not 35 to 128"),
+        ("a cat", "a cat " + "in a big meadow " * 40, "162 words, not 35 to 128"),
+        ("a cat", GOOD + " The cat is a cat. The cat is a cat. The cat is a cat.", "it repeats itself"),
+        ("\N{CAT FACE}", GOOD, ""),
+    ],
+)
+def test_faults_of_re_captions(prompt, reply, fault):
+    found = text_encoder.find_fault(prompt, reply)
+    assert found.startswith(fault) and bool(found) == bool(fault), found
+
+
+def test_re_captions(tmp_path, monkeypatch):
+    """A random LLM babbles, which is refused; a good reply is cut to whole sentences and kept."""
+    llm = text_encoder.LanguageModel(tiny_llm(tmp_path), "last")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        assert llm.recaption("a red cat", tries=3) == llm.recaption("a red cat", tries=3)
+        assert torch.equal(torch.get_rng_state(), state)
+    reply, reason = llm.recaption("a red cat", tries=3)
+    assert reply == "" and reason.startswith("none of 3 re-captions was faithful: ")
+    assert llm.recaption("cat " * 35) == ("", "the prompt has 35 words or more already")
+
+    seen = []
+    monkeypatch.setattr(
+        llm.model, "generate", lambda **how: seen.append(how) or how["input_ids"].repeat(2, 1)
+    )
+    replies = [" runs", GOOD.removeprefix("a red cat") + "  It then starts to"]
+    monkeypatch.setattr(llm.tokenizer, "batch_decode", lambda *_, **__: replies)
+    assert llm.recaption("a red cat") == (GOOD, "")
+    forbidden = {llm.tokenizer.decode(tokens) for tokens in seen[0]["bad_words_ids"]}
+    assert forbidden and "red" not in forbidden
+    llm.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        llm.recaption("a red cat")
+
+
+def test_what_is_cut_is_said(tmp_path):
+    encoder = text_encoder.TextEncoder(tiny_encoder(tmp_path, "bert"))
+    (line,) = text_encoder.cut(encoder, ["a red cat", "cat " * 5000, "\N{CAT FACE}"])
+    assert "reads 6 of the 5001 tokens of 'cat cat" in line
 
 
 def test_missing_encoders_say_so(monkeypatch, tmp_path):
@@ -575,12 +663,14 @@ def test_random_draws_depend_on_seed_and_step_only():
     first, again, other = (train.random_draws(0, step, (4000, 1, 1, 1, 1), 50) for step in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[2], other[2])
-    rows, t, noise, drop = first
+    rows, t, noise, chance = first
     assert rows.min() >= 0 and rows.max() == 49 and len(rows.unique()) == 50
     assert torch.logit(t).mean() == pytest.approx(-0.8, abs=0.05) and torch.logit(t).std() == pytest.approx(
         0.8, abs=0.05
     )
-    assert noise.std() == pytest.approx(1, abs=0.05) and drop.float().mean() == pytest.approx(0.1, abs=0.02)
+    assert noise.std() == pytest.approx(1, abs=0.05) and (
+        chance < train.DROP
+    ).float().mean() == pytest.approx(0.1, abs=0.02)
 
 
 def test_learning_rate():
@@ -1159,10 +1249,12 @@ def test_what_is_tuned(tmp_path, encoder_name):
         run_training(tmp_path / "nothing", encoder_name, "--from", str(base), "--tune", "new")
 
 
-def test_growing_an_llm_branch(tmp_path, encoder_name):
+def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
     base = run_training(tmp_path / "base", encoder_name)
     argv = ["--from", str(base), "--grow", "depth,llm", "--llm", tiny_llm(tmp_path / "llm"), "--lr", "3e-3"]
-    run = run_training(tmp_path / "run", encoder_name, *argv, "--llm-features", "last", "--steps", "40")
+    run = run_training(
+        tmp_path / "run", encoder_name, *argv, "--llm-features", "last", "--refiner", "1", "--steps", "40"
+    )
     first, *rest = numbers(run)
     assert first["loss_before_growth"] == first["loss_after_growth"]
     val = [n["val_loss"] for n in rest if "val_loss" in n]
@@ -1174,7 +1266,45 @@ def test_growing_an_llm_branch(tmp_path, encoder_name):
     assert numbers(run)[-1]["step"] == 50
     again = run_training(tmp_path / "again", encoder_name, "--from", str(run))
     sample.main(["a red cat", "--from", str(again), "--out", str(tmp_path), "--steps", "2"])
-    assert (tmp_path / "a-red-cat.mp4").exists()
+    assert (tmp_path / "a-red-cat.mp4").exists() and not (tmp_path / "a-red-cat.txt").exists()
+    monkeypatch.setattr(
+        text_encoder.LanguageModel,
+        "recaption",
+        lambda self, p: ("", "no") if "dog" in p else ("it is red", ""),
+    )
+    (tmp_path / "prompts.txt").write_text("a red cat\na dog")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--recaption", "--num", "2", "--steps", "2"]
+    sample.main([*prompts, "--from", str(again), "--out", str(tmp_path / "videos")])
+    read = {file.stem: file.read_text() for file in (tmp_path / "videos").glob("*.txt")}
+    assert read["a-red-cat"] == read["a-red-cat-2"] == "a red cat. it is red\n"
+    assert read["a-dog"] == read["a-dog-2"] == "a dog\n"
+    with pytest.raises(ValueError, match="--recaption needs a model that reads with an LLM"):
+        sample.main(["a red cat", "--from", str(base), "--out", str(tmp_path), "--recaption"])
+
+    # Captions are dropped for both encoders together, and some for the small one alone.
+    given = []
+
+    class Spy(text_encoder.Prompts):
+        def batch(self, *texts, whole=False):
+            given.extend(zip(*texts, strict=True) if whole else ())
+            return super().batch(*texts, whole=whole)
+
+    argv = [
+        "--from",
+        str(run),
+        "--quick",
+        "--drop-text",
+        "0.4",
+        "--refiner",
+        "1",
+        "--out",
+        str(tmp_path / "spy"),
+    ]
+    train.train(train.parse_arguments([*argv, "--steps", "60"]), read=Spy)
+    empty = [tuple(text == text_encoder.NULL_PROMPT for text in pair) for pair in given]
+    assert len(given) == 60 * 8 and all(a == b for a, b in given if text_encoder.NULL_PROMPT not in (a, b))
+    assert 0.06 < empty.count((True, True)) / len(given) < 0.14
+    assert 0.34 < empty.count((True, False)) / len(given) < 0.46 and (False, True) not in empty
 
     # A branch that grow.py has made knows of no LLM.
     grow.main([str(base), "--llm", "16", "--out", str(tmp_path / "by-hand")])
@@ -1202,7 +1332,7 @@ def test_growing_a_run(tmp_path, encoder_name, capsys):
     capsys.readouterr()
     grow.main([str(base), "--depth", "insert", "--add", "6", "--group", "2", "--out", str(by_hand)])
     printed = capsys.readouterr().out
-    assert re.search(r"\| depth +\| 10 x 64 .*\| 0 +\| 0 +\|\n", printed)
+    assert re.search(r"\| depth +\| 10 x 128 .*\| 0 +\| 0 +\|\n", printed)
     assert "new: blocks.2, blocks.3, blocks.4, blocks.7, blocks.8, blocks.9\nfrozen: none\n" in printed
     assert "└─ depth: depth 4 -> 10" in printed
     state = load_checkpoint(by_hand)
@@ -1241,22 +1371,23 @@ def test_growing_a_run(tmp_path, encoder_name, capsys):
 # evaluate.py
 
 
+class Oracle:
+    """Says what is true of some scenes, in the reader's words."""
+
+    def __init__(self, scenes):
+        self.true = evaluate.truth(scenes)
+
+    def __call__(self, video):
+        return {
+            "presence": self.true["presence"] * 2 - 1,
+            "colour": torch.nn.functional.one_hot(self.true["colour"].clamp_min(0), 6).float(),
+            "motion": torch.nn.functional.one_hot(self.true["motion"].clamp_min(0), 8).float(),
+            "background": torch.nn.functional.one_hot(self.true["background"], 5).float(),
+            "place": self.true["place"],
+        }
+
+
 def test_scores_count_what_is_right():
-    class Oracle:
-        """Says what is true of some scenes, in the reader's words."""
-
-        def __init__(self, scenes):
-            self.true = evaluate.truth(scenes)
-
-        def __call__(self, video):
-            return {
-                "presence": self.true["presence"],
-                "colour": torch.nn.functional.one_hot(self.true["colour"].clamp_min(0), 6).float(),
-                "motion": torch.nn.functional.one_hot(self.true["motion"].clamp_min(0), 8).float(),
-                "background": torch.nn.functional.one_hot(self.true["background"], 5).float(),
-                "place": self.true["place"],
-            }
-
     scenes = data.make_scenes("basic", 60, seed=1)
     videos = torch.zeros(60, 3, 8, 32, 32)
     assert set(evaluate.score(Oracle(scenes), videos, scenes).values()) == {1.0}
@@ -1266,6 +1397,26 @@ def test_scores_count_what_is_right():
     ]
     scores = evaluate.score(Oracle(wrong[:15] + scenes[15:]), videos, scenes)
     assert scores["colour"] == scores["all"] == 0.75 and scores["subject"] == scores["motion"] == 1
+
+
+def test_scores_of_several_actors():
+    cat, dog = Actor("cat", "red", "left"), Actor("dog", "blue", "up", "turns green")
+    scenes = [Scene((cat, dog), "night", seed, "left of") for seed in range(4)]
+    videos = torch.zeros(4, 3, 8, 32, 32)
+    assert set(evaluate.score_several(Oracle(scenes), videos, scenes).values()) == {1.0}
+    said = [
+        scenes[0],
+        replace(scenes[1], relation="right of"),
+        replace(scenes[2], actors=(replace(cat, motion="spin"), replace(dog, colour="red"))),
+        replace(scenes[3], actors=(cat, Actor("ball", "blue", "up"))),
+    ]
+    scores = evaluate.score_several(Oracle(said), videos, scenes)
+    # Of 8 actors the last dog is missing, of 4 whose colour counts none, and one more has the wrong motion.
+    assert scores == {
+        "subject": 7 / 8, "colour": 1, "motion": 6 / 8, "relation": 0.5, "background": 1, "all": 0.25
+    }  # fmt: skip
+    long, _ = evaluate.prompt_sets(40)["long"]
+    assert set(evaluate.score_several(Oracle(long), torch.zeros(40, 3, 8, 32, 32), long).values()) == {1.0}
 
 
 def test_truth_of_rich_scenes():
@@ -1290,7 +1441,10 @@ def test_prompt_sets_hold_what_they_say():
     assert all(len(scenes) == len(captions) == 50 for scenes, captions in sets.values())
     assert all((s.actors[0].kind, s.actors[0].motion) in HELD_OUT_PAIRS for s in sets["held-out pairs"][0])
     training = set(data.ToyWorld("basic", 2000, cache=False).captions)
-    assert not training & set(sets["held-out words"][1])
+    assert not training & set(sets["held-out words"][1] + sets["held-out forms"][1])
+    assert sets["long"][0] == sets["several actors"][0]
+    for scene in sets["long"][0]:
+        assert len(scene.actors) > 1 and any(a.change or a.count > 1 for a in scene.actors)
 
 
 @pytest.mark.slow
@@ -1307,6 +1461,44 @@ def test_the_reader_proves_itself():
 
     with pytest.raises(ValueError, match="cannot be trusted"):
         evaluate.prove(Untrained().eval(), count=64)
+
+
+# --------------------------------------------------------------------------------------------------------
+# study.py
+
+
+def test_the_control_reads_other_captions(tmp_path, encoder_name):
+    header = {"text_encoder": encoder_name, "llm": tiny_llm(tmp_path), "llm_features": "last"}
+    texts = ["a red cat", "a cat surfing", "red", "surfing", "a", "cat red"]
+    wrong, right = (kind(texts, header, 16) for kind in (study.WrongPrompts, text_encoder.Prompts))
+    assert sorted(wrong.other.values()) == sorted(wrong.other)
+    assert [a for a, b in wrong.other.items() if a == b] == [text_encoder.NULL_PROMPT]
+    texts = [*texts, text_encoder.NULL_PROMPT]
+    others = [wrong.other[text] for text in texts]
+    for read in ((texts,), (["a"] * 7, texts)):
+        found, expected = wrong.batch(*read), right.batch(read[0], others)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_report_is_made_from_the_files_alone(tmp_path):
+    def result(arm, seed, shift):
+        scores = {
+            "seen": {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9},
+            "val_loss": [1, 2],
+        }
+        found = {"arm": arm, "seed": seed, "revision": "abc", "machine": "m", "scores": scores}
+        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(found))
+
+    for seed, shift in enumerate((0.1, 0.2, 0.3)):
+        result("base encoder", seed, shift)
+        result("llm mean", seed, 2 * shift)
+    text = study.report(tmp_path)
+    assert text == study.report(tmp_path) and "Seeds: 0, 1, 2." in text
+    assert "| base encoder | 0.700 ± 0.050 | 1.500 ± 0.000 |" in text  # (0.5 + 0.2 + 0.7) / 2
+    assert "| llm mean | 0.800 ± 0.100 | 1.500 ± 0.000 |" in text
+    assert "| llm mean | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
+    with pytest.raises(FileNotFoundError, match="no results"):
+        study.report(tmp_path / "nothing")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1328,7 +1520,9 @@ def test_train_grow_sample_evaluate(tmp_path):
         ["train.py", "--quick"],
         ["train.py", "--quick", "--grow", "depth"],
         ["train.py", "--quick", "--from", "runs/base", "--grow", "llm"],
-        ["sample.py", "a cat surfing", "--steps", "3"],
+        ["sample.py", "a cat surfing", "--steps", "3", "--recaption"],
+        ["study.py", "--quick"],
+        ["study.py", "--report"],
         ["sample.py", "--prompts", "prompts.txt", "--num", "2", "--steps", "2"],
         ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
         ["data.py", "--data", "rich", "--size", "32"],
@@ -1349,6 +1543,9 @@ def test_train_grow_sample_evaluate(tmp_path):
         "runs/base/evaluation.json",
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
+        "samples/a-cat-surfing.txt",
+        *(f"results/{arm}-0.json" for arm in ("base", "base-encoder", "llm-mean-refiner", "wrong-captions")),
+        "results/README.md",
         *(
             f"samples/{name}.mp4"
             for name in ("a-dog", "a-dog-2", "a-dog-3", "a-dog-4", "red-ball", "red-ball-2")
@@ -1420,6 +1617,11 @@ def test_user_errors_are_one_line(tmp_path):
         (["train.py", "--grow", "depth", "--tune", "lora", "--from", str(good)], "silent still"),
         (["train.py", "--decay", "2"], "--decay is 2"),
         (["data.py", "--frames", "0"], "cannot render 0 frames"),
+        (["train.py", "--grow", "llm", "--drop-text", "1"], "--drop-text is 1.0"),
+        (["train.py", "--grow", "llm", "--llm", "no/such", "--from", str(good)], "cannot load 'no/such'"),
+        (["sample.py", "a cat", "--from", str(good), "--recaption"], "needs a model that reads with an LLM"),
+        (["study.py", "--arms", "more"], "no arm is called 'more'"),
+        (["study.py", "--report"], "no results in results"),
     ):
         done = command(*argv, cwd=tmp_path, HF_HUB_OFFLINE="1")
         assert done.returncode == 2, (argv, done.stdout, done.stderr)

@@ -25,6 +25,12 @@ with the pad id, which in some vocabularies is also a real token. And the *null 
 guidance is the empty prompt through the same encoder: for MiniLM its two special tokens, for an LLM the end
 of the turn, not zeros, so that attention always has something to look at.
 
+**Re-captioning** (`sample.py --recaption`). A model trained on detailed captions is asked with short prompts.
+The LLM itself can bridge that: it is asked, with ModelGrow's instruction and three examples, to rewrite the
+prompt in more detail, and its reply is begun for it with the prompt. A model of 135 M parameters is fluent
+but not faithful, so it may try several times, every reply is checked (`find_fault`), and if none passes the
+prompt is used as it is. Nothing is ever trained on replies.
+
 Features are rounded to bfloat16, from the file and from the encoder alike, so that sampling sees what
 training saw. A token of MiniLM takes 768 bytes of cache and memory, one of SmolLM2-135M 1152.
 
@@ -36,8 +42,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -53,6 +61,22 @@ WHEELS = {  # name -> module and what is inside
 SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
 LAYERS = ("last", "middle", "mean")
 LLM_TOKENS = 256  # of a prompt; what comes after is cut off
+INSTRUCTION = (  # ModelGrow, figure 2, in our words
+    "Rewrite the prompt of a video into one that offers more specific details. Add details about objects,"
+    " entities and motions. Stay true to the original content. Write between 35 and 128 words.\nPrompt: "
+)
+FEWEST, MOST = 35, 128  # words of a re-caption
+EXAMPLES = {  # prompt: how its re-caption goes on
+    "a black horse running along a beach": " at low tide. The horse has a long mane that flies in the wind,"
+    " and its hooves throw up wet sand with every stride. Small waves roll in behind it, and the evening sun"
+    " shines on its back. The camera follows at a steady distance.",
+    "two children flying a kite": " on a wide grassy hill. One child holds the string with both hands, the"
+    " other points at the sky and laughs. The kite has a long tail and dances in the wind among small clouds."
+    " The camera moves closer slowly.",
+    "a truck moving right on a mountain road": " between tall pines. The truck has dusty wheels and a square"
+    " cabin, and it moves right at a steady speed past rocks and bushes. Thin mist hangs over the valley"
+    " behind the road. The camera stands still and shows the scene from the side.",
+}
 
 
 def cache_dir() -> Path:
@@ -122,11 +146,30 @@ def load(name, kind, dtype):
     return tokenizer, model.eval().requires_grad_(False)
 
 
+SMALL_WORDS = {  # that a re-caption may lose
+    "a", "an", "the", "and", "or", "of", "in", "on", "at", "to", "by", "with", "from", "into", "over",
+    "under", "is", "are", "was", "be", "it", "its", "this", "that", "there",
+}  # fmt: skip
+ONE_OF_A_KIND = [  # a prompt that says "red" means not "blue"
+    {
+        "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white",
+        "grey", "gray", "golden", "silver", "crimson", "scarlet", "tangerine", "apricot", "lemon", "emerald",
+        "lime", "azure", "navy", "lavender",
+    },
+    {"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"},
+]  # fmt: skip
+OPPOSITES = [
+    ({"left", "leftward", "leftwards", "west"}, {"right", "rightward", "rightwards", "east"}),
+    ({"up", "upward", "rising", "ascending"}, {"down", "downward", "falling", "descending"}),
+]
+
+
 class TextEncoder:
     """A frozen encoder and its tokenizer. `dim` is the number of channels of its features."""
 
     def __init__(self, name: str = "minilm"):
         """name: "minilm", a directory or a Hub id. Raises OSError if it cannot be loaded."""
+        self.name = name
         self.tokenizer, self.model = load(name, "AutoModel", torch.float32)
         config = self.model.config
         self.dim = config.hidden_size
@@ -155,10 +198,11 @@ class LanguageModel:
         ValueError if it cannot be loaded."""
         if layers not in LAYERS:
             raise ValueError(f"no features are called {layers!r}; there are {', '.join(LAYERS)}")
+        self.name, self.layers, self.max_length = name, layers, LLM_TOKENS
         self.tokenizer, self.model = load(name, "AutoModelForCausalLM", torch.bfloat16)
         self.tokenizer.padding_side = "right"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.dim, self.layers = self.model.config.hidden_size, layers
+        self.dim = self.model.config.hidden_size
         self.before, self.after = self.template().split("PROMPT")
         self.crop = len(self.tokenizer(self.before, add_special_tokens=False)["input_ids"])
 
@@ -189,10 +233,88 @@ class LanguageModel:
         features = sum(normalise(h[:, self.crop :].float()) for h in chosen)
         return normalise(features).bfloat16() * mask.unsqueeze(-1), mask
 
+    @torch.no_grad()
+    def recaption(self, prompt: str, tries: int = 8, seed: int = 0) -> tuple[str, str]:
+        """A prompt -> the prompt in more detail, and "". Or "" and the reason why there is none: the prompt
+        is long already, or each of the `tries` replies has a fault, of which the first is told. The same seed
+        gives the same reply. Raises ValueError if the LLM is no chat model."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("this LLM has no chat template, so it cannot be asked for a re-caption")
+        if len(words(prompt)) >= FEWEST:
+            return "", f"the prompt has {FEWEST} words or more already"
+        turns = [{"role": "system", "content": SYSTEM}]
+        for short, rest in EXAMPLES.items():
+            turns.append({"role": "user", "content": INSTRUCTION + short})
+            turns.append({"role": "assistant", "content": short + rest})
+        turns.append({"role": "user", "content": INSTRUCTION + prompt})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prompt
+        tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        never = [  # what would be a fault anyway
+            self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+            for word in contradictions(prompt)
+        ]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            replies = self.model.generate(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], max_new_tokens=100,
+                do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=tries,
+                no_repeat_ngram_size=4, bad_words_ids=never or None, pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+        reason = ""
+        for reply in self.tokenizer.batch_decode(
+            replies[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True
+        ):
+            reply = " ".join((prompt + reply).split())
+            reply = reply[: max(reply.rfind(end) for end in ".!?") + 1]  # whole sentences
+            if not (fault := find_fault(prompt, reply)):
+                return reply, ""
+            reason = reason or fault
+        return "", f"none of {tries} re-captions was faithful: {reason}"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in small letters."""
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def contradictions(prompt: str) -> set[str]:
+    """Words that a re-caption must not have: other colours and other numbers than the prompt's, if it names
+    some, and the opposites of its directions."""
+    given = set(words(prompt))
+    sides = [pair for one, other in OPPOSITES for pair in ((one, other), (other, one))]
+    return set().union(
+        *(kind - given for kind in ONE_OF_A_KIND if kind & given),
+        *(other for one, other in sides if one & given and not other & given),
+    )
+
+
+def find_fault(prompt: str, reply: str) -> str:
+    """Why a re-caption of the prompt must not be used, or "": its length, a word of the prompt that it has
+    lost (but for such as "the"), a contradiction, or the same four words for a third time."""
+    said = words(reply)
+    if not FEWEST <= len(said) <= MOST:
+        return f"{len(said)} words, not {FEWEST} to {MOST}"
+    if lost := [word for word in words(prompt) if word not in {*SMALL_WORDS, *said}]:
+        return f"it lost {lost[0]!r}"
+    if wrong := sorted(contradictions(prompt).intersection(said)):
+        return f"it says {wrong[0]!r}, which contradicts the prompt"
+    fours = Counter(zip(said, said[1:], said[2:], said[3:], strict=False))
+    return "it repeats itself" if max(fours.values()) > 2 else ""
+
 
 def normalise(x):
     """Mean 0 and variance 1 over the last axis."""
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def cut(encoder, texts: list[str]) -> list[str]:
+    """A line about each text that the encoder does not read to its end."""
+    lengths = [len(tokens) for tokens in encoder.tokenizer(texts)["input_ids"]]
+    return [
+        f"{encoder.name} reads {encoder.max_length} of the {n} tokens of {text[:30]!r}..."
+        for text, n in zip(texts, lengths, strict=True)
+        if n > encoder.max_length
+    ]
 
 
 def make_encoder(name: str, layers: str | None = None) -> TextEncoder | LanguageModel:
