@@ -344,6 +344,16 @@ def test_the_real_llm():
     )  # unpacked once
 
 
+def test_a_spoilt_cache_says_what_to_delete(tmp_path, monkeypatch):
+    spoilt = tiny_llm(text_encoder.cache_dir() / "llm")
+    file = Path(spoilt) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    monkeypatch.setattr(text_encoder, "locate", lambda name: Path(spoilt))
+    with pytest.raises(OSError, match=f"cannot load 'smollm2'.*; delete {re.escape(spoilt)}, and"):
+        text_encoder.LanguageModel("smollm2")
+    shutil.rmtree(spoilt)
+
+
 GOOD = (
     "a red cat moving left in a meadow between the trees. The cat has long pointed ears and a big nose, and"
     " it looks at the sky. The camera stands still, and shows the scene from the side. The cat is happy."
@@ -1527,6 +1537,7 @@ def test_train_grow_sample_evaluate(tmp_path):
         ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
         ["data.py", "--data", "rich", "--size", "32"],
         ["text_encoder.py", "a cat surfing"],
+        ["text_encoder.py", "a cat surfing", "--llm", "smollm2"],
         ["dit.py"],
         ["grow.py", "runs/base-depth", "--width", "2", "--llm", "5"],
         ["grow.py", "--table"],

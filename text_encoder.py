@@ -15,10 +15,12 @@ google-t5/t5-small`.
 prompt is wrapped in its chat template, as what a user says after the system text "You are a helpful language
 and vision assistant."; the features are those of the prompt and of what ends the turn. Three details matter.
 The first token of a sequence has a norm far above that of the others, so the constant beginning is cropped
-*after* encoding and every vector is normalised. Which layer: the last one is made to name the next token; in
-published comparisons the mean over all layers, each normalised, does better (`--llm-features last`, `middle`
-or `mean`). And attention is causal: an adjective does not know its noun, which only a refiner behind it can
-mend (dit.py).
+*after* encoding and every vector is normalised. Even then most of a vector says nothing: for SmolLM2 half to
+two thirds of its square are one and the same direction whatever the token, against a sixth for MiniLM. So
+every channel is standardised, with mean and deviation over some fixed sentences. Which layer: the last one is
+made to name the next token; in published comparisons the mean over all layers, each normalised, does better
+(`--llm-features last`, `middle` or `mean`). And attention is causal: an adjective does not know its noun,
+which only a refiner behind it can mend (dit.py).
 
 Two details matter for both. The mask comes from the tokenizer's `attention_mask`, never from a comparison
 with the pad id, which in some vocabularies is also a real token. And the *null prompt* of classifier-free
@@ -40,6 +42,7 @@ Left out: training the encoder, pooled vectors (the model attends to tokens), we
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -142,6 +145,8 @@ def load(name, kind, dtype):
         model = getattr(transformers, kind).from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
+        if cache_dir() in Path(source).parents:  # unpacked once, and spoilt since
+            reason += f"; delete {source}, and it is unpacked again"
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
     return tokenizer, model.eval().requires_grad_(False)
 
@@ -205,6 +210,10 @@ class LanguageModel:
         self.dim = self.model.config.hidden_size
         self.before, self.after = self.template().split("PROMPT")
         self.crop = len(self.tokenizer(self.before, add_special_tokens=False)["input_ids"])
+        self.centre, self.spread = 0.0, 1.0
+        features, mask = self([*EXAMPLES, *(short + rest for short, rest in EXAMPLES.items()), INSTRUCTION])
+        spread, self.centre = torch.std_mean(features[mask].float(), 0)  # (dim,) each
+        self.spread = spread.clamp_min(0.01)
 
     def template(self) -> str:
         """The chat template around the word PROMPT. A model without one gets the system text and a line
@@ -216,9 +225,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]):
-        """B texts -> features (B, L, dim) bfloat16, each vector with mean 0 and variance 1 or zero where
-        there is no token, and mask (B, L) bool. Tokens are those of the text and of what follows it in the
-        template."""
+        """B texts -> features (B, L, dim) bfloat16, each channel with mean 0 and variance 1 over the tokens
+        of some fixed sentences, zero where there is no token, and mask (B, L) bool. Tokens are those of the
+        text and of what follows it in the template."""
         tokens = self.tokenizer(
             [self.before + text + self.after for text in texts], add_special_tokens=False,
             padding=True, truncation=True, max_length=self.crop + LLM_TOKENS, return_tensors="pt",
@@ -230,8 +239,8 @@ class LanguageModel:
             self.layers
         ]
         mask = tokens["attention_mask"][:, self.crop :].bool()
-        features = sum(normalise(h[:, self.crop :].float()) for h in chosen)
-        return normalise(features).bfloat16() * mask.unsqueeze(-1), mask
+        features = normalise(sum(normalise(h[:, self.crop :].float()) for h in chosen))
+        return ((features - self.centre) / self.spread).bfloat16() * mask.unsqueeze(-1), mask
 
     @torch.no_grad()
     def recaption(self, prompt: str, tries: int = 8, seed: int = 0) -> tuple[str, str]:
@@ -351,7 +360,8 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None) ->
     source = Path(locate(name))
     files = sorted(source.glob("*")) if source.is_dir() else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([name, layers, weights, texts]).encode()).hexdigest()[:32]
+    code = inspect.getsource(LanguageModel if layers else TextEncoder) + repr(EXAMPLES) + INSTRUCTION
+    key = hashlib.sha256(json.dumps([name, layers, weights, code, texts]).encode()).hexdigest()[:32]
     path = cache_dir() / f"features-{key}.safetensors"
     try:
         saved = load_file(path)
@@ -407,18 +417,23 @@ class Prompts:
 
 
 def main(argv=None):
-    """Print the tokens of a prompt and the shape of its features: `python text_encoder.py "a cat
-    surfing"`."""
-    parser = argparse.ArgumentParser(description="Show how a prompt looks to the text encoder.")
+    """Print the tokens of a prompt and the shape of its features: `text_encoder.py "a cat surfing"`."""
+    parser = argparse.ArgumentParser(description="Show how a prompt looks to a text encoder.")
     parser.add_argument("prompt")
     parser.add_argument("--text", default="minilm", help="minilm (default), a directory or a Hub id")
+    parser.add_argument(
+        "--llm", help="an LLM instead, which re-captions too: smollm2, a directory or a Hub id"
+    )
     args = parser.parse_args(argv)
-    encoder = TextEncoder(args.text)
+    encoder = LanguageModel(args.llm) if args.llm else TextEncoder(args.text)
     for text in (args.prompt, NULL_PROMPT):
         features, mask = encoder([text])
         tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenizer(text)["input_ids"])
         print(f"{text!r}: {' '.join(tokens)}")
         print(f"  features {tuple(features.shape)} {str(features.dtype)[6:]}, {int(mask.sum())} real tokens")
+    if args.llm:
+        reply, reason = encoder.recaption(args.prompt)
+        print(f"re-caption: {reply or reason}")
 
 
 if __name__ == "__main__":
