@@ -38,8 +38,8 @@ from evaluate import Reader, evaluate, get_reader, prove, table
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
-BASE = "--preset nano --steps 3000 --every 1500"
-GO_ON = "--data both --steps 1000 --every 500"
+BASE = "--preset nano --steps 600 --every 600 --decay 0"
+GO_ON = "--data basic --clips 4096 --steps 1000 --every 1000"
 LLM = "--grow llm --llm-features "
 ARMS = {  # what training is told beyond GO_ON; the first arm is what the others are compared with
     "base encoder": "",
@@ -49,9 +49,8 @@ ARMS = {  # what training is told beyond GO_ON; the first arm is what the others
     "llm last, refiner": LLM + "last --refiner 2",
     "llm middle, refiner": LLM + "middle --refiner 2",
     "llm mean, refiner": LLM + "mean --refiner 2",
-    "llm mean, drop text": LLM + "mean --drop-text 0.5",
-    "llm mean, refiner, drop text": LLM + "mean --refiner 2 --drop-text 0.5",
     "wrong captions": LLM + "mean",
+    "llm mean, drop text": LLM + "mean --drop-text 0.25",
 }
 QUICK = " --quick --clips 32 --steps 2"
 
