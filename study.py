@@ -8,9 +8,8 @@ the same clips and captions in the same order:
     base encoder      without an LLM: what more training alone does
     llm LAYERS        with the LLM branch, on its last layer, its middle one, or the mean of all
     ..., refiner      two blocks in front of the branch, in which the LLM's tokens look at each other
-    ..., drop text    half of the captions are hidden from MiniLM, so that the LLM has to be listened to
-    wrong captions    the control: the LLM reads the caption of another clip. What it gains is parameters
-    alone
+    wrong captions    the control: the LLM reads the caption of another clip; what is gained is parameters
+    ..., drop text    a quarter of the captions are hidden from MiniLM: the LLM has to be listened to
 
 **What is measured.** The reader (evaluate.py) scores clips for prompts never seen: in the words of the
 training captions, in words that no training caption has, in sentences built as none is, and long ones of two
