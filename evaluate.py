@@ -177,12 +177,15 @@ def train_reader(steps=2000, batch=64, clips=16384, seed=0):
     return reader.eval()
 
 
+READER_CODE = [  # a reader is as good as the code that made it
+    inspect.getsource(thing) for thing in (draw, data, Reader, truth, spoil, reader_loss, train_reader)
+]
+
+
 def get_reader(**training) -> Reader:
     """The reader of this version of the world, trained once and then taken from the cache. Raises ValueError
     if it does not read true clips well enough to judge others (see `prove`)."""
-    made_by = (draw, data, Reader, truth, spoil, reader_loss, train_reader)
-    sources = [inspect.getsource(thing) for thing in made_by]
-    key = hashlib.sha256(json.dumps([*sources, training]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([READER_CODE, training]).encode()).hexdigest()[:32]
     path = cache_dir() / f"reader-{key}.safetensors"
     reader = Reader().eval()
     try:
@@ -227,10 +230,10 @@ def score(reader, videos, scenes) -> dict[str, float]:
 def score_several(reader, videos, scenes) -> dict[str, float]:
     """The same for scenes of several actors. The subjects are the kinds that the reader is surest of, as many
     as were asked for. "subject", "colour" and "motion" are shares of the actors asked for: those found, and
-    those found in the right colour (if theirs does not change) or motion; "relation" and "background" are
-    shares of clips, of actor 0 found on its side of actor 1; "all" asks for everything at once. These are
-    what T2V-CompBench (arXiv 2407.14505) calls attribute binding, motion binding and spatial
-    relationships."""
+    those found in the right colour (if theirs does not change) or motion; counts and changes are not read;
+    "relation" and "background" are shares of clips, of actor 0 found on its side of actor 1; "all" asks for
+    all of these at once. These are what T2V-CompBench (arXiv 2407.14505) calls attribute binding, motion
+    binding and spatial relationships."""
     said, true = {k: torch.cat(v) for k, v in _read(reader, videos).items()}, truth(scenes)
     asked = true["presence"].bool()  # (B, kinds)
     place_in_order = said["presence"].argsort(1, descending=True).argsort(1)

@@ -129,9 +129,10 @@ def grow_mlp(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
     return _duplicate(model, factor, noise, ("mlp_ratio",))
 
 
-def grow_llm(model: DiT, llm_dim: int, refiner: int = 0) -> DiT:
+def grow_llm(model: DiT, llm_dim: int, refiner: int = 0, seed: int = 0) -> DiT:
     """In each block a cross-attention to `llm_dim` channels of an LLM, a copy of the one to the text right
-    before it, with a zero gate; in front, `refiner` new blocks. The text's embedding is copied if it fits."""
+    before it, with a zero gate; in front, `refiner` new blocks. `seed` is that of what is new; the text's
+    embedding is copied if it fits."""
     if model.config.llm_dim:
         raise ValueError(f"this model has an LLM branch already, for {model.config.llm_dim} channels")
     if llm_dim < 1:
@@ -148,7 +149,7 @@ def grow_llm(model: DiT, llm_dim: int, refiner: int = 0) -> DiT:
             )
         elif name.startswith("text_embed.") and llm_dim == model.config.text_dim:
             weights[name.replace("text_embed.", "llm_embed.")] = weight
-    return _assemble(model, weights, llm_dim=llm_dim, llm_refiner=refiner)
+    return _assemble(model, weights, seed=seed, llm_dim=llm_dim, llm_refiner=refiner)
 
 
 def grow_clip(model: DiT, frames: int | None = None, size: int | None = None) -> DiT:
@@ -192,15 +193,14 @@ OPERATORS |= {"lora": add_lora, "merge": merge_lora}
 
 
 @torch.no_grad()
-def _assemble(base: DiT, weights: dict, kept: dict[str, str] | None = None, **changes) -> DiT:
-    """base's config with `changes`, and `weights`; what they do not name is initialised, always alike. In
-    `kept` the model remembers which parameters were there before, and how base calls them: by default as it
-    does."""
+def _assemble(base: DiT, weights: dict, kept: dict[str, str] | None = None, seed=0, **changes) -> DiT:
+    """base's config with `changes`, and `weights`; what they do not name is initialised by `seed`. In `kept`
+    the model remembers what was there before, and how base calls it: by default as it does."""
     config = replace(base.config, **changes)
     if base.config.lora_rank and config.lora_rank and not changes.keys() <= {"frames", "size"}:
         raise ValueError("this model has LoRA adapters: merge them before it grows")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         grown = DiT(config)
     grown.to(next(base.parameters())).load_state_dict({**grown.state_dict(), **weights})
     old = base.state_dict()

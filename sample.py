@@ -263,8 +263,10 @@ def main(argv=None):
         used[name] += 1  # a second video of one name is name-2, and none is lost
         path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
         write_video(path, frames_of_clip)
+        beside = path.with_name(f"{path.name}.txt")
+        beside.unlink(missing_ok=True)  # of an earlier video of this name
         if args.recaption:
-            path.with_name(f"{path.name}.txt").write_text(texts[row] + "\n", "utf-8")
+            beside.write_text(texts[row] + "\n", "utf-8")
         print(f"{path}.mp4  {path}.gif")
     lap("files")
     clock.append(("in all", sum(seconds for _, seconds in clock)))

@@ -8,13 +8,15 @@ the same clips and captions in the same order:
     base encoder      without an LLM: what more training alone does
     llm LAYERS        with the LLM branch, on its last layer, its middle one, or the mean of all
     ..., refiner      two blocks in front of the branch, in which the LLM's tokens look at each other
-    wrong captions    the control: the LLM reads the caption of another clip; what is gained is parameters
+    wrong captions    a control: the LLM reads the caption of another clip; what is gained is parameters
+    minilm twice      a control: the new branch reads MiniLM once more; what is gained is a branch
     ..., drop text    a quarter of the captions are hidden from MiniLM: the LLM has to be listened to
 
 **What is measured.** The reader (evaluate.py) scores clips for prompts never seen: in the words of the
-training captions, in words that no training caption has, in sentences built as none is, and long ones of two
-or three actors. Differences are taken within a seed, from arm to base encoder, and their spread is over
-seeds.
+training captions, in words that no training caption has, in sentences built as none is, and of two or three
+actors. Differences are taken within a seed, from arm to base encoder. The spread is over seeds, which decide
+the weights of base and branch, the batches and the noise; the clips, their captions and the test prompts are
+the same for all.
 
 **What is kept.** One JSON per arm and seed in results/: arguments, revision of the code, machine, curve of
 the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and `--report`
@@ -32,13 +34,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+import torch.nn.functional as F
 
 from evaluate import Reader, evaluate, get_reader, prove, table
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
 BASE = "--preset nano --steps 600 --every 600 --decay 0"
-GO_ON = "--data basic --clips 4096 --steps 1000 --every 1000"
+GO_ON = "--data basic --clips 4096 --steps 1000 --every 250"
 LLM = "--grow llm --llm-features "
 ARMS = {  # what training is told beyond GO_ON; the first arm is what the others are compared with
     "base encoder": "",
@@ -49,25 +52,39 @@ ARMS = {  # what training is told beyond GO_ON; the first arm is what the others
     "llm middle, refiner": LLM + "middle --refiner 2",
     "llm mean, refiner": LLM + "mean --refiner 2",
     "wrong captions": LLM + "mean",
+    "minilm twice": LLM + "mean",
     "llm mean, drop text": LLM + "mean --drop-text 0.25",
 }
 QUICK = " --quick --clips 32 --steps 2"
 
 
 class WrongPrompts(Prompts):
-    """The control: the LLM reads another text of the list, always the same other one; the null prompt
-    stays."""
-
-    def __init__(self, texts, header, llm_dim):
-        super().__init__(texts, header, llm_dim)
-        texts = [text for text in self.streams[0].rows if text != NULL_PROMPT]
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-        pairs = zip(order, order[1:] + order[:1], strict=True)
-        self.other = {NULL_PROMPT: NULL_PROMPT, **{texts[i]: texts[j] for i, j in pairs}}
+    """The control of the content: the LLM reads the next caption of the batch; the null prompt stays."""
 
     def batch(self, *texts, whole=False):
         """As `Prompts.batch`."""
-        return super().batch(texts[0], [self.other[text] for text in texts[-1]], whole=whole)
+        real = [text for text in texts[-1] if text != NULL_PROMPT]
+        others = iter(real[1:] + real[:1])
+        wrong = [text if text == NULL_PROMPT else next(others) for text in texts[-1]]
+        return super().batch(texts[0], wrong, whole=whole)
+
+
+class SamePrompts(Prompts):
+    """The control of the branch: in the LLM's place the base's encoder once more, filled up with zeros."""
+
+    def __init__(self, texts, header, llm_dim):
+        super().__init__(texts, header, 0)
+        self.llm_dim = llm_dim
+        self.streams *= 2 if llm_dim else 1
+
+    def batch(self, *texts, whole=False):
+        """As `Prompts.batch`."""
+        text, mask, *again = super().batch(*texts, whole=whole)
+        return (
+            (text, mask, F.pad(again[0], (0, self.llm_dim - text.shape[-1])), again[1])
+            if again
+            else (text, mask)
+        )
 
 
 def machine() -> str:
@@ -82,7 +99,7 @@ def machine() -> str:
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def revision() -> str:
+def find_revision() -> str:
     """The commit that this code is at, with a + if files differ from it; "unknown" outside of git."""
     here = Path(__file__).parent
     try:
@@ -95,23 +112,38 @@ def revision() -> str:
     return commit.strip() + ("+" if changes.strip() else "")
 
 
+REVISION = find_revision()  # of the code that runs, whatever is committed while it does
+
+
+def begun(run: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+
+
 def run_arm(arm, seed, runs: Path, results: Path, reader, quick=False) -> dict:
     """Train an arm and score it -> what is written to results/ARM-SEED.json, or what is there already. "base"
-    is the base of that seed, which the others need."""
+    is the base of that seed, from which the others go on. Raises ValueError if what is there was made with
+    other arguments."""
     file = results / f"{arm.replace(', ', ' ').replace(' ', '-')}-{seed}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
     run, base = runs / file.stem, runs / f"base-{seed}"
-    how = BASE if arm == "base" else f"--from {base} {GO_ON} {ARMS[arm]}"
-    how += f" --seed {seed} --out {run}{QUICK if quick else ''}"
-    print(f"{arm}, seed {seed}: python train.py {how}")
-    read = WrongPrompts if arm == "wrong captions" else Prompts
-    torch.compiler.reset()  # the graphs of another arm do not fit
-    resume = f"--resume --out {run}"
-    train(parse_arguments((resume if (run / "checkpoint").is_dir() else how).split()), read=read)
-    scores = evaluate(run, reader, 4 if quick else 200, read=read)
+    tail = f"--seed {seed}{QUICK if quick else ''}".split()
+    of_base = [*BASE.split(), *tail]
+    how = of_base if arm == "base" else [*GO_ON.split(), *ARMS[arm].split(), *tail]
+    if file.is_file():
+        if (result := json.loads(file.read_text()))["arguments"] != how:
+            raise ValueError(f"{file} was made with other arguments: delete it, or name another --results")
+        return result
+    print(f"{arm}, seed {seed}: python train.py {' '.join(how)}")
+    read = {"wrong captions": WrongPrompts, "minilm twice": SamePrompts}.get(arm, Prompts)
+    if arm != "base" and not begun(base):  # as in a fresh clone, where its results are there and it is not
+        train(parse_arguments([*of_base, "--out", str(base)]))
+    going_on = [] if arm == "base" else ["--from", str(base)]
+    torch.compiler.reset()  # the graphs of another run do not fit
+    where = ["--out", str(run)]
+    train(parse_arguments(["--resume", *where] if begun(run) else [*how, *going_on, *where]), read=read)
+    scores = evaluate(run, reader, 4 if quick else 200, seed=seed, read=read)
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    result = {"arm": arm, "seed": seed, "arguments": how, "revision": revision(), "machine": machine()}
+    result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
     result |= {"scores": scores, "curve": curve}
     results.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")
@@ -126,7 +158,9 @@ def attributes(scores) -> float:
 
 
 def spread(values) -> str:
-    """Mean and standard deviation over seeds, "0.512 ± 0.011"."""
+    """Mean and standard deviation over seeds, "0.512 ± 0.011"; nothing of nothing."""
+    if not values:
+        return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -194,21 +228,22 @@ def main(argv=None):
     names = "; ".join(ARMS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help=f"of: {names} (all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--runs", default="runs/study", help="folder for the runs (runs/study)")
-    parser.add_argument("--results", default="results", help="folder for the JSON and the report (results)")
+    parser.add_argument("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
+    parser.add_argument("--results", help="folder for the JSON and the report (results, or runs/study-quick)")
     parser.add_argument("--quick", action="store_true", help="all arms in seconds, one seed; nothing learned")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is there")
     args = parser.parse_args(argv)
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         raise ValueError(f"no arm is called {unknown[0]!r}; there are {names}")
-    results = Path(args.results)
+    quick = "runs/study-quick" if args.quick else None
+    runs, results = Path(args.runs or quick or "runs/study"), Path(args.results or quick or "results")
     if not args.report:
         reader = Reader().eval() if args.quick else get_reader()
         if not args.quick:
             print(table(prove(reader)))
         for seed in args.seeds[:1] if args.quick else args.seeds:
-            for arm in ("base", *args.arms):
-                run_arm(arm, seed, Path(args.runs), results, reader, args.quick)
+            for arm in dict.fromkeys(("base", next(iter(ARMS)), *args.arms)):
+                run_arm(arm, seed, runs, results, reader, args.quick)
     text = report(results)
     (results / "README.md").write_text(text)
     print(text)
@@ -217,6 +252,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
     except (ValueError, OSError) as error:  # whatever a user can mend
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -391,7 +391,14 @@ def test_re_captions(tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(5)
         state = torch.get_rng_state()
-        assert llm.recaption("a red cat", tries=3) == llm.recaption("a red cat", tries=3)
+        replies = []
+        decode = llm.tokenizer.batch_decode
+        with monkeypatch.context() as context:
+            spy = lambda tokens, **how: replies.append(tokens.tolist()) or decode(tokens, **how)  # noqa: E731
+            context.setattr(llm.tokenizer, "batch_decode", spy)
+            for seed in (0, 0, 1):
+                llm.recaption("a red cat", tries=3, seed=seed)
+        assert replies[0] == replies[1] != replies[2] and len(replies[0]) == 3
         assert torch.equal(torch.get_rng_state(), state)
     reply, reason = llm.recaption("a red cat", tries=3)
     assert reply == "" and reason.startswith("none of 3 re-captions was faithful: ")
@@ -1164,7 +1171,7 @@ def test_history_is_a_tree_and_names_what_is_new():
         "trained 40 steps on basic, short captions, tuning all, seed 0",
         "└─ depth: depth 3 -> 6, add 3, where insert, zero gate",
         "   └─ width: width 24 -> 48, heads 2 -> 4, factor 2, noise 1.0",
-        "      └─ llm: llm_dim 0 -> 7, refiner 0",
+        "      └─ llm: llm_dim 0 -> 7, refiner 0, seed 0",
         "         trained 5 steps on rich, short captions, tuning all, seed 0",
         "         └─ lora: lora_rank 0 -> 2, rank 2",
     ]
@@ -1307,8 +1314,6 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
         "--quick",
         "--drop-text",
         "0.4",
-        "--refiner",
-        "1",
         "--out",
         str(tmp_path / "spy"),
     ]
@@ -1481,15 +1486,18 @@ def test_the_reader_proves_itself():
 
 def test_the_control_reads_other_captions(tmp_path, encoder_name):
     header = {"text_encoder": encoder_name, "llm": tiny_llm(tmp_path), "llm_features": "last"}
-    texts = ["a red cat", "a cat surfing", "red", "surfing", "a", "cat red"]
-    wrong, right = (kind(texts, header, 16) for kind in (study.WrongPrompts, text_encoder.Prompts))
-    assert sorted(wrong.other.values()) == sorted(wrong.other)
-    assert [a for a, b in wrong.other.items() if a == b] == [text_encoder.NULL_PROMPT]
-    texts = [*texts, text_encoder.NULL_PROMPT]
-    others = [wrong.other[text] for text in texts]
-    for read in ((texts,), (["a"] * 7, texts)):
-        found, expected = wrong.batch(*read), right.batch(read[0], others)
+    texts, empty = ["a red cat", "a cat surfing", "red"], text_encoder.NULL_PROMPT
+    kinds = study.WrongPrompts, study.SamePrompts, text_encoder.Prompts
+    wrong, same, right = (kind(texts, header, 16) for kind in kinds)
+    own, other = [texts[0], empty, *texts[1:]], [texts[1], empty, texts[2], texts[0]]
+    for read in ((own,), (["red"] * 4, own)):
+        found, expected = wrong.batch(*read), right.batch(read[0], other)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    text, mask, again, again_mask = same.batch(own)
+    assert torch.equal(text, again) and torch.equal(mask, again_mask)  # both have 16 channels here
+    wider = study.SamePrompts(texts, header, 20).batch(own)[2]
+    assert torch.equal(wider[..., :16], text) and not wider[..., 16:].any() and wider.shape[-1] == 20
+    assert len(study.SamePrompts(texts, header, 0).batch(own)) == 2
 
 
 def test_a_report_is_made_from_the_files_alone(tmp_path):
@@ -1509,6 +1517,8 @@ def test_a_report_is_made_from_the_files_alone(tmp_path):
     assert "| base encoder | 0.700 ± 0.050 | 1.500 ± 0.000 |" in text  # (0.5 + 0.2 + 0.7) / 2
     assert "| llm mean | 0.800 ± 0.100 | 1.500 ± 0.000 |" in text
     assert "| llm mean | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
+    result("llm last", 7, 0.1)  # a seed that the base encoder has not
+    assert "| llm last | 0.650 |" in study.report(tmp_path) and "| llm last |  |\n" in study.report(tmp_path)
     with pytest.raises(FileNotFoundError, match="no results"):
         study.report(tmp_path / "nothing")
 
@@ -1534,7 +1544,7 @@ def test_train_grow_sample_evaluate(tmp_path):
         ["train.py", "--quick", "--from", "runs/base", "--grow", "llm"],
         ["sample.py", "a cat surfing", "--steps", "3", "--recaption"],
         ["study.py", "--quick"],
-        ["study.py", "--report"],
+        ["study.py", "--quick", "--report"],
         ["sample.py", "--prompts", "prompts.txt", "--num", "2", "--steps", "2"],
         ["evaluate.py", "runs/base", "--count", "8", "--steps", "2"],
         ["data.py", "--data", "rich", "--size", "32"],
@@ -1557,8 +1567,8 @@ def test_train_grow_sample_evaluate(tmp_path):
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
         "samples/a-cat-surfing.txt",
-        *(f"results/{arm}-0.json" for arm in ("base", "base-encoder", "llm-mean-refiner", "wrong-captions")),
-        "results/README.md",
+        *(f"runs/study-quick/{arm}-0.json" for arm in ("base", "base-encoder", "llm-mean-refiner")),
+        "runs/study-quick/README.md",
         *(
             f"samples/{name}.mp4"
             for name in ("a-dog", "a-dog-2", "a-dog-3", "a-dog-4", "red-ball", "red-ball-2")
@@ -1633,6 +1643,8 @@ def test_user_errors_are_one_line(tmp_path):
         (["train.py", "--grow", "llm", "--drop-text", "1"], "--drop-text is 1.0"),
         (["train.py", "--grow", "llm", "--llm", "no/such", "--from", str(good)], "cannot load 'no/such'"),
         (["sample.py", "a cat", "--from", str(good), "--recaption"], "needs a model that reads with an LLM"),
+        (["train.py", "--refiner", "2"], "nothing without it"),
+        (["train.py", "--quick", "--from", str(good), "--drop-text", "0.5"], "--drop-text is for a model"),
         (["study.py", "--arms", "more"], "no arm is called 'more'"),
         (["study.py", "--report"], "no results in results"),
     ):

