@@ -16,8 +16,8 @@ base had. `both` alternates between the two, so that nothing is forgotten.
 
 **What is kept from training.** Three fixed lists make generalisation measurable: `HELD_OUT_PAIRS`, (kind,
 motion) pairs that never occur together (a cat never surfs); the second column of `WORDS`, words that
-never occur in a training caption (a *feline* that is *ascending*); and `HELD_OUT_FORMS`, sentences built as
-no training caption is.
+never occur in a training caption (a *feline* that is *ascending*; the third column enriches captions); and
+`HELD_OUT_FORMS`, sentences built as no training caption is.
 
 How a scene becomes pixels is the next file, draw.py.
 """
@@ -34,44 +34,73 @@ from tqdm import tqdm
 
 from draw import render, save_grid
 
-# Each concept: (words used in training captions), (words that never are).
+# Each concept: (words of all training captions), (words of none), (more words, of varied captions only).
+# fmt: off
 WORDS = {
     "kind": {
-        "cat": (("cat", "kitty"), ("feline", "kitten")),
-        "dog": (("dog", "puppy"), ("hound", "canine")),
-        "fish": (("fish", "goldfish"), ("trout", "salmon")),
-        "bird": (("bird", "songbird"), ("sparrow", "robin")),
-        "car": (("car", "automobile"), ("sedan", "taxi")),
-        "rocket": (("rocket", "space rocket"), ("spaceship", "missile")),
-        "boat": (("boat", "sailboat"), ("yacht", "ship")),
-        "ball": (("ball", "beach ball"), ("sphere", "globe")),
+        "cat": (("cat", "kitty"), ("feline", "kitten"),
+                ("tomcat", "tabby", "pussycat")),
+        "dog": (("dog", "puppy"), ("hound", "canine"),
+                ("terrier", "poodle", "doggy")),
+        "fish": (("fish", "goldfish"), ("trout", "salmon"),
+                ("carp", "tuna", "sea fish")),
+        "bird": (("bird", "songbird"), ("sparrow", "robin"),
+                ("finch", "swallow", "blackbird")),
+        "car": (("car", "automobile"), ("sedan", "taxi"),
+                ("vehicle", "motorcar", "hatchback")),
+        "rocket": (("rocket", "space rocket"), ("spaceship", "missile"),
+                ("spacecraft", "space shuttle", "moon rocket")),
+        "boat": (("boat", "sailboat"), ("yacht", "ship"),
+                ("sailing boat", "schooner", "vessel")),
+        "ball": (("ball", "beach ball"), ("sphere", "globe"),
+                ("round ball", "football", "bouncy ball")),
     },
     "colour": {
-        "red": (("red", "bright red"), ("crimson", "scarlet")),
-        "orange": (("orange", "bright orange"), ("tangerine", "apricot")),
-        "yellow": (("yellow", "bright yellow"), ("golden", "lemon")),
-        "green": (("green", "bright green"), ("emerald", "lime")),
-        "blue": (("blue", "bright blue"), ("azure", "navy")),
-        "purple": (("purple", "bright purple"), ("violet", "lavender")),
+        "red": (("red", "bright red"), ("crimson", "scarlet"),
+                ("ruby", "cherry red", "blood-red")),
+        "orange": (("orange", "bright orange"), ("tangerine", "apricot"),
+                ("pumpkin orange", "amber", "carrot-coloured")),
+        "yellow": (("yellow", "bright yellow"), ("golden", "lemon"),
+                ("sunny yellow", "canary yellow", "mustard")),
+        "green": (("green", "bright green"), ("emerald", "lime"),
+                ("grass green", "jade", "olive")),
+        "blue": (("blue", "bright blue"), ("azure", "navy"),
+                ("sky blue", "cobalt", "sapphire")),
+        "purple": (("purple", "bright purple"), ("violet", "lavender"),
+                ("plum", "mauve", "amethyst")),
     },
     "motion": {
-        "left": (("moving left", "going to the left"), ("heading leftward", "sliding west")),
-        "right": (("moving right", "going to the right"), ("heading rightward", "sliding east")),
-        "up": (("moving up", "rising"), ("ascending", "climbing")),
-        "down": (("moving down", "falling"), ("descending", "dropping")),
-        "bounce": (("bouncing", "bouncing up and down"), ("hopping", "jumping")),
-        "spin": (("spinning", "turning around"), ("rotating", "twirling")),
-        "surf": (("surfing", "riding a wave"), ("on a surfboard", "wakeboarding")),
-        "still": (("standing still", "not moving"), ("motionless", "at rest")),
+        "left": (("moving left", "going to the left"), ("heading leftward", "sliding west"),
+                ("drifting left", "travelling leftwards", "on its way to the left")),
+        "right": (("moving right", "going to the right"), ("heading rightward", "sliding east"),
+                ("drifting right", "travelling rightwards", "on its way to the right")),
+        "up": (("moving up", "rising"), ("ascending", "climbing"),
+                ("going upward", "soaring", "floating up")),
+        "down": (("moving down", "falling"), ("descending", "dropping"),
+                ("going downward", "sinking", "plunging")),
+        "bounce": (("bouncing", "bouncing up and down"), ("hopping", "jumping"),
+                ("leaping", "springing up and down", "bobbing")),
+        "spin": (("spinning", "turning around"), ("rotating", "twirling"),
+                ("whirling", "revolving", "going round and round")),
+        "surf": (("surfing", "riding a wave"), ("on a surfboard", "wakeboarding"),
+                ("catching a wave", "on top of the waves", "gliding over the waves")),
+        "still": (("standing still", "not moving"), ("motionless", "at rest"),
+                ("staying in place", "standing there", "resting")),
     },
     "background": {
-        "meadow": (("in a meadow", "on a green field"), ("on the prairie", "on a lawn")),
-        "desert": (("in the desert", "among sand dunes"), ("in the Sahara", "in arid badlands")),
-        "night": (("at night", "under the stars"), ("after dark", "at midnight")),
-        "snow": (("in the snow", "on a winter day"), ("in the Arctic", "during a blizzard")),
-        "city": (("in the city", "in front of tall houses"), ("downtown", "in a metropolis")),
+        "meadow": (("in a meadow", "on a green field"), ("on the prairie", "on a lawn"),
+                ("on a grassy hill", "in the countryside", "on the grass")),
+        "desert": (("in the desert", "among sand dunes"), ("in the Sahara", "in arid badlands"),
+                ("in a sandy waste", "on hot sand", "in a dry land")),
+        "night": (("at night", "under the stars"), ("after dark", "at midnight"),
+                ("in the moonlight", "under a dark sky", "in the night")),
+        "snow": (("in the snow", "on a winter day"), ("in the Arctic", "during a blizzard"),
+                ("on a snowy plain", "in winter", "on the ice")),
+        "city": (("in the city", "in front of tall houses"), ("downtown", "in a metropolis"),
+                ("in town", "among skyscrapers", "on a city street")),
     },
 }
+# fmt: on
 KINDS, COLOURS, MOTIONS, BACKGROUNDS = (tuple(WORDS[c]) for c in ("kind", "colour", "motion", "background"))
 RELATIONS = ("left of", "right of", "above", "below")
 CAMERAS = ("still", "pan left", "pan right", "zoom in", "zoom out")
@@ -205,15 +234,16 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
     """What the scene shows, in words chosen by its seed, always the same ones.
 
     `detail` is "short" (one sentence), "detailed" (30 to 100 words: looks, setting, camera) or "reworded" (of
-    one actor, short, in one of `HELD_OUT_FORMS`). `words` is "train" or "held_out". `omit` is the chance of
+    one actor, short, in one of `HELD_OUT_FORMS`). `words` is "train", "held_out" or "varied", which
+    is "train" and more. `omit` is the chance of
     leaving out colour, and that of leaving out background, each: a training set with a few such captions
     teaches the model to choose for itself when a prompt is silent.
     """
     rng = np.random.default_rng([scene.seed, 1])
-    column = ("train", "held_out").index(words)
 
     def word(concept, name):
-        options = WORDS[concept][name][column]
+        trained, held_out, more = WORDS[concept][name]
+        options = {"train": trained, "held_out": held_out, "varied": trained + more}[words]
         return options[rng.integers(len(options))]
 
     def noun_phrase(actor):
@@ -222,8 +252,9 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
         if actor.count == 1:
             article = "an" if (colour or noun)[0] in "aeiou" else "a"
             return f"{article} {colour}{noun}"
-        plural = {"fish": "fish", "goldfish": "goldfish", "trout": "trout", "salmon": "salmon",
-                  "kitty": "kitties", "puppy": "puppies"}.get(noun, noun + "s")  # fmt: skip
+        plural = {"kitty": "kitties", "puppy": "puppies", "tabby": "tabbies", "doggy": "doggies"}
+        plural |= {"finch": "finches"} | {n: n for n in ("trout", "salmon", "carp", "tuna")}
+        plural = noun if noun.endswith("fish") else plural.get(noun, noun + "s")
         return f"{('two', 'three')[actor.count - 2]} {colour}{plural}"
 
     def change_phrase(actor, verb_s):
@@ -284,12 +315,13 @@ class ToyWorld:
     """
 
     def __init__(
-        self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", omit=0.1, cache=True
-    ):
+        self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", words="train", omit=0.1,
+        cache=True,
+    ):  # fmt: skip
         self.scenes = make_scenes(which, count, seed)
         details = ("short", "detailed") if detail == "both" else (detail,)
         self.captions = [  # i // 2, since sets alternate too
-            caption(scene, details[i // 2 % len(details)], omit=omit) for i, scene in enumerate(self.scenes)
+            caption(scene, details[i // 2 % len(details)], words, omit) for i, scene in enumerate(self.scenes)
         ]
         self.frames, self.size, self.videos = frames, size, None
         if cache:

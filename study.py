@@ -41,7 +41,7 @@ from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
 BASE = "--preset nano --steps 600 --every 600 --decay 0"
-GO_ON = "--data basic --clips 4096 --steps 1000 --every 250"
+GO_ON = "--data both --captions short --words varied --steps 1000 --every 250"
 LLM = "--grow llm --llm-features "
 ARMS = {  # what training is told beyond GO_ON; the first arm is what the others are compared with
     "base encoder": "",

@@ -138,13 +138,17 @@ def test_held_out_pairs_and_words_stay_out_of_training():
     held_out = data.make_scenes("basic", 100, held_out=True)
     assert {(s.actors[0].kind, s.actors[0].motion) for s in held_out} == set(HELD_OUT_PAIRS)
 
-    texts = [data.caption(s, d) for s in basic + rich for d in ("short", "detailed")]
+    texts = [
+        data.caption(s, d, words) for s in basic + rich for d in ("short", "detailed")
+        for words in ("train", "varied")
+    ]  # fmt: skip
     seen = set(re.findall(r"\w+", " ".join(texts).lower()))
     for concept in WORDS.values():
-        for trained, unseen in concept.values():
+        for trained, unseen, more in concept.values():
             for phrase in unseen:  # at least one word of the phrase is new
                 assert set(phrase.lower().split()) - seen, f"{phrase!r} is in training captions"
-            assert all(set(phrase.lower().split()) <= seen for phrase in trained)
+            assert all(set(re.findall(r"\w+", phrase.lower())) <= seen for phrase in (*trained, *more))
+            assert len({*trained, *unseen, *more}) == 7
 
 
 @pytest.mark.parametrize("words, column", [("train", 0), ("held_out", 1)])
@@ -173,7 +177,7 @@ def test_omitted_attributes():
 def test_held_out_forms_are_no_training_captions():
     """With its words taken out, no training caption has the form of a reworded one, and nothing else is
     new."""
-    phrases = [w for concept in WORDS.values() for trained, _ in concept.values() for w in trained]
+    phrases = [w for concept in WORDS.values() for trained, _, _ in concept.values() for w in trained]
     pattern = re.compile("|".join(sorted(map(re.escape, phrases), key=len, reverse=True)))
 
     def form(text):

@@ -178,7 +178,7 @@ def train(args, started=None, read=Prompts):
     # Data and the features of all its captions.
     run.mkdir(parents=True, exist_ok=True)
     world, held_out = (
-        ToyWorld(args.data, count, seed, config.frames, config.size, args.captions)
+        ToyWorld(args.data, count, seed, config.frames, config.size, args.captions, args.words)
         for count, seed in ((args.clips, 0), (min(args.clips, 256), 1))
     )
     texts = [*world.captions, *held_out.captions, *PROMPTS]
@@ -334,6 +334,7 @@ def parse_arguments(argv=None):
     add("--size", type=int, help="pixels per side of a clip [as the preset or the base]")
     add("--data", choices=("basic", "rich", "both"), help="set of clips [basic; rich if going on]")
     add("--captions", choices=("short", "detailed", "both"), help="[short, detailed or both, as the data]")
+    add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five [train]")
     add("--clips", type=int, help="clips in the training set [16384 of basic; 4096, whose captions are long]")
     add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
     add = parser.add_argument_group("going on from a run, the base (grow.py grows in more ways)").add_argument
