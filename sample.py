@@ -223,13 +223,13 @@ def main(argv=None):
     frames = model.config.frames if args.frames is None else args.frames
     size = model.config.size if args.size is None else args.size
     check_shape(model.config, frames, size)
+    if args.recaption and not model.config.llm_dim:
+        raise ValueError("--recaption needs a model that reads with an LLM: train.py --grow llm makes one")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     lap("model")
 
     prompt, null = [], []  # features and mask of each encoder
-    if args.recaption and not model.config.llm_dim:
-        raise ValueError("--recaption needs a model that reads with an LLM: train.py --grow llm makes one")
     texts = prompts
     for name, layers in encoders(header, model.config.llm_dim):
         encoder = make_encoder(name, layers)
