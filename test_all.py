@@ -406,7 +406,8 @@ def test_re_captions(tmp_path, monkeypatch):
         assert torch.equal(torch.get_rng_state(), state)
     reply, reason = llm.recaption("a red cat", tries=3)
     assert reply == "" and reason.startswith("none of 3 re-captions was faithful: ")
-    assert llm.recaption("cat " * 35) == ("", "the prompt has 35 words or more already")
+    for prompt in ("cat " * 35, "\N{CAT FACE}"):
+        assert llm.recaption(prompt) == ("", "the prompt has no words, or 35 and more already")
 
     seen = []
     monkeypatch.setattr(

@@ -248,12 +248,12 @@ class LanguageModel:
     @torch.no_grad()
     def recaption(self, prompt: str, tries: int = 8, seed: int = 0) -> tuple[str, str]:
         """A prompt -> the prompt in more detail, and "". Or "" and the reason why there is none: the prompt
-        is long already, or each of the `tries` replies has a fault, of which the first is told. The same seed
-        gives the same reply. Raises ValueError if the LLM is no chat model."""
+        is long already or has no words, or each of the `tries` replies has a fault, of which the first is
+        told. The same seed gives the same reply. Raises ValueError if the LLM is no chat model."""
         if not self.tokenizer.chat_template:
             raise ValueError("this LLM has no chat template, so it cannot be asked for a re-caption")
-        if len(words(prompt)) >= FEWEST:
-            return "", f"the prompt has {FEWEST} words or more already"
+        if not 0 < len(words(prompt)) < FEWEST:
+            return "", f"the prompt has no words, or {FEWEST} and more already"
         turns = [{"role": "system", "content": SYSTEM}]
         for short, rest in EXAMPLES.items():
             turns.append({"role": "user", "content": INSTRUCTION + short})
