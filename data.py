@@ -235,9 +235,8 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
 
     `detail` is "short" (one sentence), "detailed" (30 to 100 words: looks, setting, camera) or "reworded" (of
     one actor, short, in one of `HELD_OUT_FORMS`). `words` is "train", "held_out" or "varied", which
-    is "train" and more. `omit` is the chance of
-    leaving out colour, and that of leaving out background, each: a training set with a few such captions
-    teaches the model to choose for itself when a prompt is silent.
+    is "train" and more. `omit` is the chance of leaving out colour, and that of leaving out background, each:
+    a training set with a few such captions teaches the model to choose for itself when a prompt is silent.
     """
     rng = np.random.default_rng([scene.seed, 1])
 

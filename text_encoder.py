@@ -13,7 +13,7 @@ google-t5/t5-small`.
 
 **A language model** (`--grow llm`, ModelGrow figure 2) has read far more than an encoder of sentences. The
 prompt is wrapped in its chat template, as what a user says after the system text "You are a helpful language
-and vision assistant."; the features are those of the prompt and of what ends the turn. Three details matter.
+and vision assistant."; the features are those of the prompt and of what ends the turn. Four details matter.
 The first token of a sequence has a norm far above that of the others, so the constant beginning is cropped
 *after* encoding and every vector is normalised. Even then most of a vector says nothing: for SmolLM2 half to
 two thirds of its square are one and the same direction whatever the token, against a sixth for MiniLM. So
