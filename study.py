@@ -41,7 +41,7 @@ from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
 BASE = "--preset nano --steps 1500 --every 500 --decay 0"
-GO_ON = "--data basic --words varied --clips 8192 --steps 2500 --every 500"
+GO_ON = "--data basic --words varied --clips 8192 --steps 2000 --every 500"
 LLM = "--grow llm --llm-features "
 ARMS = {  # what training is told beyond GO_ON; the first arm is what the others are compared with
     "base encoder": "",
