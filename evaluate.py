@@ -1,203 +1,43 @@
 """Does the video show what the prompt says? A measurement, not an opinion.
 
-The toy world knows the truth of every clip it draws, so a small network can be trained to read it back: the
-*reader*. It plays the part that detectors and multimodal LLMs play in VBench and T2V-CompBench, with the
-difference that its error is known: before it may judge a model it must read at least 98 % of every attribute
-of held-out true clips right, and fall to chance when captions are shuffled. Both are printed with every
-evaluation.
-
-**How it reads.** Frames are stacked as channels, so that motion is visible to the first convolution. For each
-of the eight kinds a map says where in the picture that kind is; its softmax gathers the features there; from
-those come presence, colour, motion and place. Background is read from the average of the whole picture.
-Reading kind by kind keeps "a red cat and a blue dog" apart from "a blue cat and a red dog".
-
-**What it is trained on.** True renders of both sets, spoilt as models spoil them: blurred, noisy, blended
-between frames, off in colour, uneven from patch to patch. A reader that saw only clean clips would judge the
-artefacts.
+The judge is a network that reads the attributes of a clip back (reader.py). Before it may judge a model it
+must read at least 98 % of every attribute of held-out true clips of one actor right, and fall to chance when
+captions are shuffled; what it reads of several actors is told. All this is printed with every evaluation.
 
 **What is scored.** Clips for new scenes in the words of training, for held-out pairs (a cat never surfed),
 held-out words (a *feline*), held-out forms of a sentence, and for several actors, in a sentence or in long
-prompts: the share of clips with the right subject, colour, motion and background, and with all right; and
-the validation loss on fixed noise.
+prompts: the share of clips, or of actors, with the right subject, colour, motion and so on, and of clips with
+all right; and the validation loss on fixed noise.
+
+**By the names of others.** VBench (arXiv 2311.17982) and T2V-CompBench (arXiv 2407.14505), with which
+ModelGrow was measured, ask the same of real videos. `ORIGINALS` says which number here is the counterpart of
+which there. The measures of time (`steadiness`) follow VBench's formulas, with the reader's features in the
+place of DINO and CLIP, and the mean of two frames in that of the network that interpolates between them.
+
+Left out, since nothing here corresponds to them: VBench's aesthetic and imaging quality, styles, human action
+and overall consistency, and T2V-CompBench's object interactions.
 """
 
 import argparse
-import hashlib
-import inspect
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import data
-import draw
 from checkpoint import find_checkpoint, load_model
-from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyWorld, caption, make_scenes
-from draw import places, render
+from data import KINDS, MOTIONS, ToyWorld, caption, make_scenes
+from draw import render
+from reader import FRAMES, SIZE, get_reader, truth
 from sample import GUIDANCE, STEPS, autocast, newest_checkpoint, pick_device, pick_precision, solve
-from text_encoder import NULL_PROMPT, Prompts, cache_dir
+from text_encoder import NULL_PROMPT, Prompts
 from train import validation_loss
 
 ATTRIBUTES = ("subject", "colour", "motion", "background")
-FRAMES, SIZE = 8, 32  # what the reader sees; other clips are resampled to it
+COLUMNS = (*ATTRIBUTES, "change", "count", "relation", "all")  # of a table
 NEAR = 0.2  # a place counts as right within this distance; the picture is 2 wide and high
-
-
-class Reader(nn.Module):
-    """Reads the attributes of every kind of actor, and the background, from a clip."""
-
-    def __init__(self):
-        super().__init__()
-        layers, channels = [], 3 * FRAMES
-        for out, stride in ((48, 1), (96, 2), (128, 1), (192, 2), (192, 1)):
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-        self.trunk = nn.Sequential(*layers)  # 32x32 -> 8x8
-        self.where = nn.Conv2d(channels, len(KINDS), 1)
-        self.background = nn.Linear(channels, len(BACKGROUNDS))
-        self.kind = nn.Parameter(torch.randn(len(KINDS), channels) * 0.02)
-        self.sizes = (1, len(COLOURS), len(MOTIONS), 2)
-        self.what = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, sum(self.sizes))
-        )
-
-    def forward(self, video):
-        """video (B, 3, T, H, W) in [-1, 1] -> dict of presence (B, 8), colour (B, 8, 6) and motion (B, 8, 8)
-        logits, place (B, 8, 2) as x, y in [-1, 1], each for the 8 kinds, and background (B, 5) logits."""
-        if video.shape[2:] != (FRAMES, SIZE, SIZE):
-            video = F.interpolate(video, (FRAMES, SIZE, SIZE), mode="trilinear")
-        h = self.trunk(video.flatten(1, 2))  # (B, C, 8, 8)
-        weights = self.where(h).flatten(2).softmax(-1)  # (B, kinds, 64)
-        found = weights @ h.flatten(2).transpose(1, 2) + self.kind  # (B, kinds, C)
-        presence, colour, motion, offset = self.what(found).split(self.sizes, -1)
-        axis = torch.linspace(-0.875, 0.875, h.shape[-1])
-        centres = (
-            torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1).to(h)
-        )  # (64, 2): x, y
-        return {
-            "presence": presence.squeeze(-1),
-            "colour": colour,
-            "motion": motion,
-            "place": weights @ centres + offset,
-            "background": self.background(h.mean((2, 3))),
-        }
-
-
-def truth(scenes):
-    """Scenes -> what the reader should say: presence (B, 8) float, colour and motion (B, 8) class numbers
-    with -100 where there is none (or, for a colour, where it changes), place (B, 8, 2), the mean over the
-    clip, and background (B,)."""
-    B, K = len(scenes), len(KINDS)
-    presence, place = torch.zeros(B, K), torch.zeros(B, K, 2)
-    colour, motion = torch.full((B, K), -100), torch.full((B, K), -100)
-    for i, scene in enumerate(scenes):
-        for actor in scene.actors:
-            k = KINDS.index(actor.kind)
-            presence[i, k] = 1
-            motion[i, k] = MOTIONS.index(actor.motion)
-            if not actor.change.startswith("turns"):
-                colour[i, k] = COLOURS.index(actor.colour)
-        for kind, (x, y) in places(scene, FRAMES).items():
-            place[i, KINDS.index(kind)] = torch.tensor([x, y])
-    background = torch.tensor([BACKGROUNDS.index(s.background) for s in scenes])
-    return {
-        "presence": presence,
-        "colour": colour,
-        "motion": motion,
-        "place": place,
-        "background": background,
-    }
-
-
-def spoil(video, generator):
-    """Clean clips (B, 3, T, H, W) in [-1, 1] -> the same with the faults of generated ones, each to a random
-    degree."""
-    B, _, T, H, W = video.shape
-
-    def strength(most):  # mostly mild
-        return torch.rand(B, 1, 1, 1, 1, generator=generator) ** 2 * most
-
-    def noise(*shape):
-        return torch.randn(B, *shape, generator=generator)
-
-    small = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-    video = torch.lerp(video, small, strength(1.0))  # blur
-    video = torch.lerp(video, video.roll(1, 2), strength(0.4))  # ghosts of the frame before
-    video = video + strength(0.15) * noise(3, 1, 1, 1)  # colour
-    patches = F.interpolate(noise(3, T // 2, H // 4, W // 4), (T, H, W))  # each patch off by its own colour
-    video = video + strength(0.3) * patches
-    return video + strength(0.4) * noise(3, T, H, W)
-
-
-def reader_loss(said, true):
-    """Sum of the losses of all attributes; those of absent actors do not count."""
-    there = true["presence"].bool()
-    return (
-        F.binary_cross_entropy_with_logits(said["presence"], true["presence"]) * 10
-        + F.cross_entropy(said["colour"].transpose(1, 2), true["colour"])
-        + F.cross_entropy(said["motion"].transpose(1, 2), true["motion"])
-        + F.cross_entropy(said["background"], true["background"])
-        + (said["place"] - true["place"])[there].abs().mean() * 4
-    )
-
-
-def train_reader(steps=2000, batch=64, clips=16384, seed=0):
-    """Train a reader on `clips` clips, half of them basic -> Reader in eval mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        reader = Reader().to(memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(seed)
-    worlds = [ToyWorld(which, clips // 2, seed=900) for which in ("basic", "rich")]
-    truths = [truth(world.scenes) for world in worlds]
-    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.2)
-    for _ in tqdm(range(steps), "training the reader"):
-        videos, labels = [], []
-        for world, true in zip(worlds, truths, strict=True):
-            rows = torch.randint(len(world), (batch * len(world) // clips,), generator=generator)
-            videos.append(world.batch(rows)[0])
-            labels.append({k: v[rows] for k, v in true.items()})
-        video = spoil(torch.cat(videos), generator)
-        true = {k: torch.cat([label[k] for label in labels]) for k in labels[0]}
-        with autocast(video.device, pick_precision("auto", video.device)):
-            said = reader(video)
-        loss = reader_loss({k: v.float() for k, v in said.items()}, true)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return reader.eval()
-
-
-READER_CODE = [  # a reader is as good as the code that made it
-    inspect.getsource(thing) for thing in (draw, data, Reader, truth, spoil, reader_loss, train_reader)
-]
-
-
-def get_reader(**training) -> Reader:
-    """The reader of this version of the world, trained once and then taken from the cache. Raises ValueError
-    if it does not read true clips well enough to judge others (see `prove`)."""
-    key = hashlib.sha256(json.dumps([READER_CODE, training]).encode()).hexdigest()[:32]
-    path = cache_dir() / f"reader-{key}.safetensors"
-    reader = Reader().eval()
-    try:
-        reader.load_state_dict(load_file(path))
-        return reader
-    except (OSError, SafetensorError, RuntimeError):  # not there yet, or cut off
-        reader = train_reader(**training)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        pass
-    save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, file.name)
-    os.replace(file.name, path)
-    return reader
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -210,14 +50,13 @@ def score(reader, videos, scenes) -> dict[str, float]:
     -> {"subject", "colour", "motion", "background", "all", "place"}. The subject is the kind that the reader
     is surest of; colour, motion and place are what it reads off that one, whether or not it is the right
     kind. "all" does not count place, which captions of one actor do not tell."""
-    said = {k: torch.cat(v) for k, v in _read(reader, videos).items()}
-    true = truth(scenes)
+    said, true = read(reader, videos), truth(scenes)
     rows = torch.arange(len(scenes))
     kind = said["presence"].argmax(1)  # (B,)
     wanted = true["presence"].argmax(1)
     right = {
         "subject": kind == wanted,
-        "colour": said["colour"][rows, kind].argmax(-1) == true["colour"][rows, wanted],
+        "colour": said["colour"][rows, kind].argmax(-1) == true["colour"][rows, wanted, 0],
         "motion": said["motion"][rows, kind].argmax(-1) == true["motion"][rows, wanted],
         "background": said["background"].argmax(-1) == true["background"],
     }
@@ -229,18 +68,32 @@ def score(reader, videos, scenes) -> dict[str, float]:
 @torch.no_grad()
 def score_several(reader, videos, scenes) -> dict[str, float]:
     """The same for scenes of several actors. The subjects are the kinds that the reader is surest of, as many
-    as were asked for. "subject", "colour" and "motion" are shares of the actors asked for: those found, and
-    those found in the right colour (if theirs does not change) or motion; counts and changes are not read;
-    "relation" and "background" are shares of clips, of actor 0 found on its side of actor 1; "all" asks for
-    all of these at once. These are what T2V-CompBench (arXiv 2407.14505) calls attribute binding, motion
-    binding and spatial relationships."""
-    said, true = {k: torch.cat(v) for k, v in _read(reader, videos).items()}, truth(scenes)
+    as were asked for. -> shares of the actors asked for: "subject", those found; and those found, of ones
+    whose colour stays, in the right "colour"; in the right "motion", also by itself for a "direction" (left,
+    right, up, down) and another "action"; of ones that change, with the right "change"; of two or three equal
+    ones, with the right "count". And shares of clips: "together", all found; "relation", actor 0 found on its
+    side of actor 1; "background"; "all" of these at once. What nobody was asked for is left out."""
+    said, true = read(reader, videos), truth(scenes)
     asked = true["presence"].bool()  # (B, kinds)
     place_in_order = said["presence"].argsort(1, descending=True).argsort(1)
     found = asked & (place_in_order < asked.sum(1, keepdim=True))
-    right = {"subject": found}
-    right |= {k: found & (said[k].argmax(-1) == true[k]) for k in ("colour", "motion")}
-    counts = {"subject": asked, "colour": true["colour"] >= 0, "motion": asked}
+    best = {name: said[name].argmax(-1) == true[name] for name in ("motion", "size", "count")}
+    first, last = true["colour"].unbind(-1)
+    turns, ends = first != last, torch.cat([reader.ends(chunk.float()) for chunk in videos.split(128)])
+    directed = true["motion"] < 4
+    questions = {  # name: whom it is asked of, and whether the answer is right
+        "subject": (asked, found),
+        "colour": (asked & ~turns, said["colour"].argmax(-1) == first),
+        "motion": (asked, best["motion"]),
+        "direction": (asked & directed, best["motion"]),
+        "action": (asked & ~directed, best["motion"]),
+        "change": (
+            turns | (true["size"] > 0),
+            torch.where(turns, (ends.argmax(-1) == true["colour"]).all(-1), best["size"]),
+        ),
+        "count": (true["count"] > 0, best["count"]),
+    }
+    right = {name: (whom, found & answer) for name, (whom, answer) in questions.items()}
     relation = []
     for i, scene in enumerate(scenes):
         a, b = (KINDS.index(actor.kind) for actor in scene.actors[:2])
@@ -248,19 +101,70 @@ def score_several(reader, videos, scenes) -> dict[str, float]:
         side = {"left of": x < 0, "right of": x > 0, "above": y < 0, "below": y > 0}[scene.relation]
         relation.append(side and bool(found[i, a] and found[i, b]))
     whole = {
+        "together": (found | ~asked).all(1),
         "relation": torch.tensor(relation),
         "background": said["background"].argmax(-1) == true["background"],
     }
-    everything = [*whole.values(), *((right[k] | ~counts[k]).all(1) for k in right)]
-    scores = {k: right[k][counts[k]].float().mean().item() for k in right}
-    scores |= {k: v.float().mean().item() for k, v in whole.items()}
-    return scores | {"all": torch.stack(everything).all(0).float().mean().item()}
+    everything = [*whole.values(), *((yes | ~whom).all(1) for whom, yes in right.values())]
+    whole["all"] = torch.stack(everything).all(0)
+    scores = {name: yes[whom].float().mean().item() for name, (whom, yes) in right.items() if whom.any()}
+    return scores | {name: yes.float().mean().item() for name, yes in whole.items()}
 
 
-def _read(reader, videos):
-    """The reader over chunks of clips -> dict of lists of tensors."""
+@torch.no_grad()
+def steadiness(reader, videos, scenes) -> dict[str, float]:
+    """VBench's measures of time (arXiv 2311.17982, section 3.2) on clips of one actor (B, 3, T, H, W) in
+    [-1, 1], T > 2: how alike the subject, and the picture as a whole, stay to the first frame and to the one
+    before (cosine of the reader's features); one minus the mean absolute difference of neighbouring frames,
+    of clips that should stand still, and of every second frame from the mean of its neighbours, where 1 is
+    the range of the pixels; and the share of clips in which something moves."""
+    B, _, T, _, _ = videos.shape
+    frames = videos.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, 3, 1, H, W), each shown as a clip
+    chunks = [reader.features(c.float().expand(-1, -1, FRAMES, -1, -1)) for c in frames.split(128)]
+    found, _, whole = (torch.cat(parts).unflatten(0, (B, T)) for parts in zip(*chunks, strict=True))
+    said = read(reader, videos)
+    rows, kind = torch.arange(B), said["presence"].argmax(1)
+
+    def consistency(f):  # (B, T, C)
+        first, before = (F.cosine_similarity(f[:, 1:], other, dim=-1) for other in (f[:, :1], f[:, :-1]))
+        return ((first + before) / 2).mean().item()
+
+    v = videos.float().clamp(-1, 1) / 2
+    still = torch.tensor([scene.actors[0].motion == "still" for scene in scenes])
+    between = (v[:, :, :-2:2] + v[:, :, 2::2]) / 2
+    scores = {
+        "subject consistency": consistency(found[rows, :, kind]),
+        "background consistency": consistency(whole),
+        "smoothness": 1 - (v[:, :, 1:-1:2] - between).abs().mean().item(),
+        "dynamic": (said["motion"][rows, kind].argmax(-1) != MOTIONS.index("still")).float().mean().item(),
+    }
+    return scores | ({"flicker": 1 - v[still].diff(dim=2).abs().mean().item()} if still.any() else {})
+
+
+ORIGINALS = {  # benchmark and its name for it: (our set of prompts, our name)
+    "T2V-CompBench consistent attribute binding": ("several actors", "colour"),
+    "T2V-CompBench dynamic attribute binding": ("several actors", "change"),
+    "T2V-CompBench spatial relationships": ("several actors", "relation"),
+    "T2V-CompBench motion binding": ("several actors", "direction"),
+    "T2V-CompBench action binding": ("several actors", "action"),
+    "T2V-CompBench generative numeracy": ("several actors", "count"),
+    "VBench subject consistency": ("seen", "subject consistency"),
+    "VBench background consistency": ("seen", "background consistency"),
+    "VBench temporal flickering": ("seen", "flicker"),
+    "VBench motion smoothness": ("seen", "smoothness"),
+    "VBench dynamic degree": ("seen", "dynamic"),
+    "VBench object class": ("seen", "subject"),
+    "VBench multiple objects": ("several actors", "together"),
+    "VBench color": ("seen", "colour"),
+    "VBench spatial relationship": ("several actors", "relation"),
+    "VBench scene": ("seen", "background"),
+}
+
+
+def read(reader, videos):
+    """What the reader says of clips (B, 3, T, H, W), chunk by chunk -> dict of tensors."""
     parts = [reader(chunk.float()) for chunk in videos.split(128)]
-    return {key: [part[key] for part in parts] for key in parts[0]}
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def prove(reader, count=1024) -> dict[str, dict[str, float]]:
@@ -274,7 +178,7 @@ def prove(reader, count=1024) -> dict[str, dict[str, float]]:
     scenes, _ = prompt_sets(count)["long"]
     several = torch.cat([render(scenes[i : i + 128], FRAMES, SIZE) for i in range(0, count, 128)])
     proof = {
-        "true clips": score(reader, videos, world.scenes),
+        "true clips": score(reader, videos, world.scenes) | steadiness(reader, videos, world.scenes),
         "shuffled captions": score(reader, videos, shuffled),
         "true clips of several actors": score_several(reader, several / 127.5 - 1, scenes),
     }
@@ -305,19 +209,22 @@ def prompt_sets(count) -> dict[str, tuple[list, list[str]]]:
 def evaluate(
     checkpoint, reader, count=200, steps=STEPS, guidance=GUIDANCE, device="auto", seed=0, read=Prompts
 ) -> dict:
-    """Sample `count` clips of each prompt set and read them -> {set: scores}, and under "val_loss" the loss
-    by t. `read` is how prompts become features."""
+    """Sample `count` clips of each prompt set and read them -> {set: scores}, and under "val_loss" and
+    "rich_loss" the loss by t on `basic` with short captions and on `rich` with detailed ones. `read` is how
+    prompts become features."""
     device = pick_device(device)
     precision = pick_precision("auto", device)
     model, header = load_model(checkpoint)
     model.to(device)
     sets = prompt_sets(count)
-    held_out = ToyWorld("basic", 256, 1, model.config.frames, model.config.size)
-    prompts = read(
-        [*held_out.captions, *(c for _, captions in sets.values() for c in captions)],
-        header,
-        model.config.llm_dim,
-    )
+    few, clip = min(256, 8 * count), (model.config.frames, model.config.size)
+    held_out = {
+        "val_loss": ToyWorld("basic", few, 1, *clip),
+        "rich_loss": ToyWorld("rich", few, 1, *clip, "detailed"),
+    }
+    texts = [c for world in held_out.values() for c in world.captions]
+    texts += [c for _, captions in sets.values() for c in captions]
+    prompts = read(texts, header, model.config.llm_dim)
     scores = {}
     for name, (scenes, captions) in sets.items():
         shape = (count, 3, model.config.frames, model.config.size, model.config.size)
@@ -328,17 +235,19 @@ def evaluate(
             prompt, null = ([v.to(device) for v in p] for p in (prompt, prompts.batch([NULL_PROMPT])))
             with autocast(device, precision):
                 clips.append(solve(model, noise[rows].to(device), prompt, null, steps, guidance).cpu())
-        scores[name] = (score_several if scenes[0].relation else score)(reader, torch.cat(clips), scenes)
-    scores["val_loss"] = validation_loss(model, held_out, prompts, precision).tolist()
-    return scores
+        clips = torch.cat(clips)
+        scores[name] = (score_several if scenes[0].relation else score)(reader, clips, scenes)
+        if name == "seen":
+            scores[name] |= steadiness(reader, clips, scenes)
+    losses = {n: validation_loss(model, w, prompts, precision).tolist() for n, w in held_out.items()}
+    return scores | losses
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """{row: {column: share}} -> a table in Markdown."""
-    columns = [*ATTRIBUTES, "relation", "all"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(f"{row[c]:.3f}" if c in row else "" for c in columns) + " |"
+        f"| {name} | " + " | ".join(f"{row[c]:.3f}" if c in row else "" for c in COLUMNS) + " |"
         for name, row in rows.items()
     ]
     return "\n".join(lines)
@@ -366,12 +275,16 @@ def main(argv=None):
     proof = prove(reader)
     print("The reader itself:\n" + table(proof))
     scores = evaluate(checkpoint, reader, args.count, args.steps, args.guidance, args.device, args.seed)
-    val_loss = scores["val_loss"]
     print(f"\n{checkpoint} ({args.count} prompts per set, guidance {args.guidance:g}, {args.steps} steps):")
-    print(table({name: s for name, s in scores.items() if name != "val_loss"}))
-    print(
-        f"validation loss {sum(val_loss) / len(val_loss):.4f}; by t: {' '.join(f'{v:.3f}' for v in val_loss)}"
-    )
+    print(table({name: row for name, row in scores.items() if isinstance(row, dict)}))
+    for name, losses in (("basic", scores["val_loss"]), ("rich", scores["rich_loss"])):
+        by_t = " ".join(f"{v:.3f}" for v in losses)
+        print(f"validation loss on {name} {sum(losses) / len(losses):.4f}; by t: {by_t}")
+    print("\nBy the names of others (of true clips in brackets):")
+    true = {"seen": proof["true clips"], "several actors": proof["true clips of several actors"]}
+    for theirs, (name, column) in ORIGINALS.items():
+        if column in scores[name]:
+            print(f"{theirs:45} {scores[name][column]:.3f} ({true[name][column]:.3f})")
     out = Path(args.out) if args.out else checkpoint.parent / "evaluation.json"
     out.write_text(json.dumps({"arguments": vars(args), "reader": proof, "scores": scores}, indent=1))
     print(f"written to {out}")
