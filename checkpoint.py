@@ -149,8 +149,8 @@ def tree(history: list[dict]) -> str:
 
 
 def plot_losses(path: Path, records, times):
-    """The picture of a run: training loss and validation loss over steps, and validation loss over time t;
-    `times` are those that the validation losses by t stand for."""
+    """The picture of a run: training loss and validation loss over steps (also on what the base had learned),
+    and validation loss over time t; `times` are those that the validation losses by t stand for."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,6 +161,8 @@ def plot_losses(path: Path, records, times):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
     left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
+    if old := [(r["step"], r["old_val_loss"]) for r in records if "old_val_loss" in r]:
+        left.plot(*zip(*old, strict=True), "o-", label="validation, on what the base had learned")
     left.set(xlabel="step", ylabel="velocity loss", yscale="log")
     left.legend()
     for i, (step, _, by_t) in enumerate(val):

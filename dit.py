@@ -40,12 +40,14 @@ Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, split spatial 
 attention is affordable here), adaLN-single, dropout, and any form of registry or base class.
 """
 
+import copy
 import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention import attention
 
@@ -380,6 +382,20 @@ def unpatchify(x, config, grid):
     x = x.unflatten(-1, (3, pt, ps, ps)).unflatten(1, grid)  # (B, t, h, w, C, pt, ps, ps)
     x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # (B, C, t, pt, h, ps, w, ps)
     return x.reshape(x.shape[0], 3, grid[0] * pt, grid[1] * ps, grid[2] * ps)
+
+
+def count_flops(model, lengths) -> int:
+    """Floating-point operations of a training step on one clip with prompts of `lengths` tokens, forward and
+    backward, as torch counts them on tensors without data. Frozen weights have no gradient to compute."""
+    ghost, config = copy.deepcopy(model).to("meta"), model.config
+    x = torch.empty(1, 3, config.frames, config.size, config.size, device="meta")
+    prompt = []
+    for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
+        mask = torch.ones(1, length, dtype=torch.bool, device="meta")
+        prompt += [torch.empty(1, length, dim, device="meta"), mask]
+    with FlopCounterMode(display=False) as counter:
+        ghost(x, torch.empty(1, device="meta"), *prompt).sum().backward()
+    return counter.get_total_flops()
 
 
 def main():

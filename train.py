@@ -6,7 +6,8 @@ velocity it implies is (x_predicted - x_t) / (1 - t), the true one is x - noise,
 difference of the two, which is the squared error of the clip over (1 - t)^2 (JiT, arXiv 2511.13720: predict
 x, weigh as velocity; 1 - t is not taken below 0.05). Times are logit-normal, sigmoid(N(-0.8, 0.8)): most of
 what is hard happens early, in noise. One caption in ten is replaced by the null prompt, which sample.py needs
-for guidance.
+for guidance. A model that reads with an LLM as well gets others from the LLM alone (`HIDDEN`): what the small
+encoder has explained already, nothing would make it look up in the new branch.
 
 **The loop.** AdamW; a learning rate that warms up, stays, and decays to zero at the end (a plateau can be
 continued or grown from, a cosine cannot); gradients clipped; an exponential moving average (EMA) of the
@@ -20,7 +21,8 @@ what it would have drawn.
 **Going on from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and AdamW moments along
 and counts its steps. The learning rate starts where that run left it: one that had decayed warms up again,
 one that was stopped on its plateau goes on as if nothing had happened. What is frozen (`--tune new`, the rule
-of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it any more.
+of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it any more. If that run learned
+from other clips, the loss on those is watched too: what is forgotten.
 
 **A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
 args.json.
@@ -43,8 +45,8 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint, load_model, plot_losses, save_checkpoint, tree
 from data import PROMPTS, ToyWorld, save_grid
-from dit import PRESETS, DiT
-from grow import grow_state
+from dit import PRESETS, DiT, count_flops
+from grow import ZEROS, grow_state
 from sample import autocast, pick_device, pick_precision, solve, to_uint8
 from text_encoder import LAYERS, NULL_PROMPT, Prompts, encode
 
@@ -53,6 +55,7 @@ T_BINS = 8  # slices of the times, equally likely in training, for the validatio
 TUNE = ("all", "new", "lora")
 DIVERGED = "lower --lr; the last checkpoint is kept"
 DROP = 0.1  # share of captions replaced by the null prompt, for guidance
+HIDDEN = 0.35  # share hidden from the small encoder when an LLM reads too; chosen by measurement (README)
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 
 # --------------------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def validation_loss(model, world, prompts, precision=None):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay=0.998):
+def update_ema(ema, model, step, decay):
     """ema += (1 - d) (model - ema). d rises to `decay`, so that the first steps are not dominated by the
     start."""
     d = min(decay, (1 + step) / (10 + step))
@@ -133,7 +136,10 @@ def starting_point(args, run) -> Checkpoint | None:
     if args.text not in (None, start.header["text_encoder"]):
         raise ValueError(f"{args.base} was trained with --text {start.header['text_encoder']}")
     for operator in filter(None, (args.grow or "").split(",")):
-        options = {"add": args.add or start.model.config.depth} if operator == "depth" else {}
+        options = {}
+        if operator == "depth":
+            add = args.add or start.model.config.depth
+            options = {"add": add, "where": args.where or "insert", "zero": args.zero or "gate"}
         if operator == "llm":
             dim = encode([], args.llm, args.llm_features).dim
             options = {"llm_dim": dim, "refiner": args.refiner, "seed": args.seed}
@@ -170,19 +176,26 @@ def train(args, started=None, read=Prompts):
     start = starting_point(args, run)
     config = PRESETS[args.preset] if start is None else start.model.config
     if start is None:  # the size of the text features is not known yet
-        config = replace(config, frames=args.frames or config.frames, size=args.size or config.size)
+        sizes = ("frames", "size", "depth")
+        config = replace(config, **{name: getattr(args, name) or getattr(config, name) for name in sizes})
 
-    if args.drop_text and not config.llm_dim:
+    if args.drop_text is None:
+        args.drop_text = HIDDEN if config.llm_dim else 0.0
+    elif args.drop_text and not config.llm_dim:
         raise ValueError("--drop-text is for a model that reads with an LLM: grow it with --grow llm")
 
     # Data and the features of all its captions.
     run.mkdir(parents=True, exist_ok=True)
-    world, held_out = (
-        ToyWorld(args.data, count, seed, config.frames, config.size, args.captions, args.words)
-        for count, seed in ((args.clips, 0), (min(args.clips, 256), 1))
-    )
-    texts = [*world.captions, *held_out.captions, *PROMPTS]
     header = start.header if start else {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
+    history = header["history"][:-1] if args.resume else header["history"]
+    clip = (config.frames, config.size)
+    world = ToyWorld(args.data, args.clips, 0, *clip, args.captions, args.words)
+    few = min(args.clips, 256)
+    held_out = {"val_loss": ToyWorld(args.data, few, 1, *clip, args.captions, args.words)}
+    old = [event for event in history if "train" in event][-1:]
+    if old and (old[0]["train"], old[0]["captions"]) != (args.data, args.captions):
+        held_out["old_val_loss"] = ToyWorld(old[0]["train"], few, 1, *clip, old[0]["captions"])
+    texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *PROMPTS]
     prompts = read(texts, header, config.llm_dim)
     lengths = [stream.max_length for stream in prompts.streams]
 
@@ -204,18 +217,23 @@ def train(args, started=None, read=Prompts):
         if name in moments:
             optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
     shape = (args.batch, 3, config.frames, config.size, config.size)
-    step_flops = 3 * args.batch * config.flops(*lengths)  # as if nothing were frozen
+    step_flops = args.batch * count_flops(model, lengths)
 
     # Where the run stands.
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
     metrics, records = run / "metrics.jsonl", []
-    history = header["history"][:-1] if args.resume else header["history"]
     if args.resume:
         records = [r for r in map(json.loads, metrics.read_text().splitlines()) if r["step"] <= state["step"]]
     else:
         rate = state.get("lr", 0.0)
         state = {"step": 0, "seconds": 0.0, "look_seconds": 0.0, "flops_before": header["flops"]}
         state |= {"lr_before": rate, "lr": rate, "peak_at_128": peak_at_128}
+    if args.flops:
+        args.steps = round((args.flops - state["flops_before"]) / step_flops)
+        if args.steps < 1:
+            raise ValueError(
+                f"--flops counts those of the base too, {state['flops_before']:.2e}: ask for more"
+            )
+    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
     steps_before = sum(event.get("steps", 0) for event in history)
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
     begun = started - state["seconds"]
@@ -228,10 +246,14 @@ def train(args, started=None, read=Prompts):
     def look():
         """Validate, draw samples, save."""
         begin = time.perf_counter()
-        by_t = validation_loss(ema, held_out, prompts, precision).tolist()
-        if not math.isfinite(sum(by_t)):
+        header["flops"] = state["flops_before"] + state["step"] * step_flops
+        entry = {"flops": header["flops"]}
+        for name, clips in held_out.items():
+            by_t = validation_loss(ema, clips, prompts, precision).tolist()
+            entry |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
+        if not math.isfinite(entry["val_loss"]):
             raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
-        record(val_loss=sum(by_t) / T_BINS, val_loss_by_t=by_t)
+        record(**entry)
         noise = torch.randn(len(PROMPTS), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
         prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (PROMPTS, [NULL_PROMPT]))
         with autocast(device, precision):
@@ -239,7 +261,6 @@ def train(args, started=None, read=Prompts):
         (run / "samples").mkdir(exist_ok=True)
         save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), PROMPTS, columns=4)
         state["seconds"] = time.perf_counter() - begun
-        header["flops"] = state["flops_before"] + state["step"] * step_flops
         event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
         header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
         moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
@@ -253,7 +274,7 @@ def train(args, started=None, read=Prompts):
         if args.base and history != (base := load_model(args.base))[1]["history"]:
             before = Prompts(texts, base[1], base[0].config.llm_dim)
             both = (base[0].to(device), before), (ema, prompts)
-            losses = [validation_loss(m, held_out, p).mean().item() for m, p in both]
+            losses = [validation_loss(m, held_out["val_loss"], p).mean().item() for m, p in both]
             print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *losses))
             record(loss_before_growth=losses[0], loss_after_growth=losses[1])
         look()
@@ -286,7 +307,7 @@ def train(args, started=None, read=Prompts):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        update_ema(ema, model, steps_before + step)
+        update_ema(ema, model, steps_before + step, args.ema)
         losses.append(loss.detach())
         state["step"], state["lr"] = step + 1, group["lr"]
         step += 1
@@ -307,9 +328,10 @@ def train(args, started=None, read=Prompts):
     if looked != state["step"]:
         look()
     bar.close()
-    val_loss = next(r["val_loss"] for r in reversed(records) if "val_loss" in r)
-    minutes = state["seconds"] / 60
-    print(f"{run}: {state['step']} steps, {minutes:.1f} minutes, validation loss {val_loss:.4f}")
+    last = next(r for r in reversed(records) if "val_loss" in r)
+    names = {"val_loss": "validation loss", "old_val_loss": "on what the base had learned"}
+    losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
+    print(f"{run}: {state['step']} steps, {state['seconds'] / 60:.1f} minutes{losses}")
     return run
 
 
@@ -332,6 +354,7 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
     add("--frames", type=int, help="frames of a clip [as the preset or the base]")
     add("--size", type=int, help="pixels per side of a clip [as the preset or the base]")
+    add("--depth", type=int, help="blocks of a new model [as the preset]")
     add("--data", choices=("basic", "rich", "both"), help="set of clips [basic; rich if going on]")
     add("--captions", choices=("short", "detailed", "both"), help="[short, detailed or both, as the data]")
     add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five [train]")
@@ -339,30 +362,27 @@ def parse_arguments(argv=None):
     add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
     add = parser.add_argument_group("going on from a run, the base (grow.py grows in more ways)").add_argument
     add("--from", dest="base", help="run or checkpoint to go on from [runs/base if growing, else none]")
-    add(
-        "--grow",
-        metavar="HOW",
-        help="depth (silent copies of blocks), width, mlp, llm, or several: depth,llm [off]",
-    )
-    add("--add", type=int, help="blocks to insert [as many as there are, which doubles the depth]")
+    add("--grow", metavar="HOW", help="depth (silent copies), width, mlp, llm, or several: depth,llm [off]")
+    add("--add", type=int, help="for depth: how many blocks [as many as there are, which doubles the depth]")
+    add("--where", choices=("insert", "prefix", "suffix"), help="for depth: where they go [insert]")
+    add("--zero", choices=ZEROS, help="for depth: what is zeroed in the copies [gate]")
     add("--llm", default="smollm2", help="LLM for --grow llm: smollm2, a directory or a Hub id [smollm2]")
-    add(
-        "--llm-features",
-        default="mean",
-        choices=LAYERS,
-        help="which of its layers [mean: of all, normalised]",
-    )
+    add("--llm-features", default="mean", choices=LAYERS, help="which of its layers [mean, that of all]")
     add("--refiner", type=int, default=0, help="blocks in which its features look at each other [0]")
-    add("--drop-text", type=float, default=0.0, help="share of captions that only the LLM gets to read [0]")
+    add(
+        "--drop-text", type=float, help=f"share of captions that only the LLM gets to read, if any [{HIDDEN}]"
+    )
     add("--tune", choices=TUNE, help="train all, what is new, or adapters beside frozen weights [all]")
     add("--rank", type=int, default=8, help="of the adapters for --tune lora [8]")
     add = parser.add_argument_group("how long and how").add_argument
     add("--steps", type=int, help="optimiser steps [6000; 1200 if going on]")
     add("--minutes", type=float, help="end by the clock instead, with the full learning-rate decay [off]")
+    add("--flops", type=float, help="end when as many have been spent, those of the base included [off]")
     add("--batch", type=int, help="clips per step [32]")
     add("--lr", type=float, help="peak learning rate [3e-3 at width 128, less with the root of the width]")
     add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak [100]")
     add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none [0.3]")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights [0.998]")
     add("--seed", type=int, default=0, help="of weights, batches and noise [0]")
     add("--every", type=int, help="steps between samples, validation and checkpoint [1500]")
     add("--quick", action="store_true", help="see that everything works: seconds, nothing learned [off]")
@@ -383,14 +403,20 @@ def parse_arguments(argv=None):
             raise FileNotFoundError(f"there is no run to resume in {args.out}")
         before = json.loads(saved.read_text()) | {"out": args.out, "resume": True}
         args = parser.parse_args(argv, argparse.Namespace(**before))
-        free = {"steps", "minutes", "every", "device", "precision", "compile"}
-        if changed := [
-            name for name, value in before.items() if vars(args)[name] != value and name not in free
-        ]:
+        free = {"steps", "minutes", "flops", "every", "device", "precision", "compile"}
+        changed = [name for name, v in before.items() if vars(args)[name] != v and name not in free]
+        if changed:
             raise ValueError(f"--resume goes on with the arguments the run had: leave out --{changed[0]}")
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp", "llm"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
+    for option in ("add", "where", "zero"):
+        if getattr(args, option) is not None and "depth" not in (args.grow or "").split(","):
+            raise ValueError(f"--{option} is for --grow depth, which is not given")
+    if args.flops and (args.steps or args.minutes) and not args.resume:
+        raise ValueError("--flops says how long to train; leave out --steps and --minutes")
+    if args.depth and base:
+        raise ValueError("--depth is for a new model; --grow depth adds blocks to a trained one")
     if args.refiner < 0 or (args.refiner and "llm" not in (args.grow or "").split(",")):
         raise ValueError("--refiner counts blocks of what --grow llm makes, and is nothing without it")
     data = args.data or ("rich" if base else "basic")
@@ -403,16 +429,13 @@ def parse_arguments(argv=None):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in (
-        "clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add", "rank", "frames", "size"
-    ):  # fmt: skip
+    numbers = "clips steps batch warmup every lr minutes flops add rank frames size depth"
+    for name in numbers.split():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")
-    for name, most in (("decay", 1), ("drop_text", 0.9)):
-        if not 0 <= getattr(args, name) <= most:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be from 0 to {most}"
-            )
+    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999)):
+        if not 0 <= (value := getattr(args, name) or 0) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
     return args
 
 
