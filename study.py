@@ -1,61 +1,117 @@
 """The study: what the paper claims, tested at a scale that a laptop can afford.
 
-**The question so far: does a language model help?** ModelGrow (arXiv 2412.18966) adds to every block a
-cross-attention to the hidden states of an LLM, and says that prompts are followed better. Here a base reads
-its prompts with MiniLM, and every arm goes on from the same base of its seed, for the same number of steps on
-the same clips and captions in the same order:
+ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks, and that one with a
+language model. Three parts, each with a base per seed, from which all its arms go on:
 
-    base encoder      without an LLM: what more training alone does
-    llm LAYERS        with the LLM branch, on its last layer, its middle one, or the mean of all
-    ..., refiner      two blocks in front of the branch, in which the LLM's tokens look at each other
-    wrong captions    a control: the LLM reads the caption of another clip; what is gained is parameters
-    minilm twice      a control: the new branch reads MiniLM once more; what is gained is a branch
-    ..., drop text    a quarter of the captions are hidden from MiniLM: the LLM has to be listened to
+**language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
+in the same order, with or without a branch that reads the hidden states of an LLM; a third of the captions is
+then hidden from the small encoder (train.py, `HIDDEN`). Two controls: the LLM reads the caption of another
+clip (what is gained then is parameters); the new branch reads MiniLM once more (what is gained then is a
+branch).
 
-**What is measured.** The reader (evaluate.py) scores clips for prompts never seen: in the words of the
-training captions, in words that no training caption has, in sentences built as none is, and of two or three
-actors. Differences are taken within a seed, from arm to base encoder. The spread is over seeds, which decide
-the weights of base and branch, the batches and the noise; the clips, their captions and the test prompts are
-the same for all.
+**growth** - is it better to grow? The base has learned `basic`, one actor and short captions; the arms go on
+with `rich`, several actors and long captions. All may spend the same number of FLOPs, those of the base
+included, so that an arm with half the blocks makes twice the steps; the tables also compare at equal steps.
+*large from scratch* spends everything on `rich`.
 
-**What is kept.** One JSON per arm and seed in results/: arguments, revision of the code, machine, curve of
-the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and `--report`
-makes the tables from the JSON alone.
+**timing** - when to grow, and does it save anything? Small models learn `rich` for a share of that budget and
+are then grown to the size of *large from scratch*; how soon do they reach its final loss?
 
-Left out so far: everything about depth, width and equal FLOPs.
+**FLOPs** are counted by torch for a step forward and backward (`dit.count_flops`), without the frozen text
+encoders, whose features are computed once. Learning rates stay on their plateau and the averaged weights
+(EMA) are judged, over about a hundred steps: a run can then be compared at any step of it. (In part language,
+where only ends are compared, rates decay.)
+
+**What is measured.** The reader (reader.py, evaluate.py) scores clips for prompts never seen; losses are
+those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
+decide weights, batches and noise; clips, captions and test prompts are the same for all.
+
+**What is kept.** One JSON per arm and seed in results/PART/: arguments, revision of the code, machine, curve
+of the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and
+`--report` makes tables, plots and verdicts from the JSON alone (report.py), also those in README.md.
 """
 
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import Reader, evaluate, get_reader, prove, table
+from checkpoint import load_model
+from draw import save_grid
+from evaluate import evaluate, prove, table
+from reader import Reader, get_reader
+from report import write_report
+from sample import solve, to_uint8
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
 
-BASE = "--preset nano --steps 1500 --every 500 --decay 0"
-GO_ON = "--data basic --words varied --clips 8192 --steps 2000 --every 500"
-LLM = "--grow llm --llm-features "
-ARMS = {  # what training is told beyond GO_ON; the first arm is what the others are compared with
-    "base encoder": "",
-    "llm last": LLM + "last",
-    "llm middle": LLM + "middle",
-    "llm mean": LLM + "mean",
-    "llm last, refiner": LLM + "last --refiner 2",
-    "llm middle, refiner": LLM + "middle --refiner 2",
-    "llm mean, refiner": LLM + "mean --refiner 2",
-    "wrong captions": LLM + "mean",
-    "minilm twice": LLM + "mean",
-    "llm mean, drop text": LLM + "mean --drop-text 0.25",
+# Each part: {arm: (the arm it goes on from, what train.py is told)}. An arm that is there for others to go on
+# from, and for nothing else, begins with an underscore and is not scored.
+VARIED = "--data basic --words varied --clips 8192 --steps 3000 --every 1000 "
+LLM = VARIED + "--drop-text 0.35 --grow llm --llm-features "
+SHARED = VARIED + "--drop-text 0 --grow llm --llm-features mean"  # the small encoder reads all captions too
+LANGUAGE = {
+    "base": (None, "--preset nano --steps 1500 --every 500 --decay 0"),
+    "base encoder": ("base", VARIED),
+    "llm last": ("base", LLM + "last"),
+    "llm middle": ("base", LLM + "middle"),
+    "llm mean": ("base", LLM + "mean"),
+    "llm last, refiner": ("base", LLM + "last --refiner 2"),
+    "llm middle, refiner": ("base", LLM + "middle --refiner 2"),
+    "llm mean, refiner": ("base", LLM + "mean --refiner 2"),
+    "llm mean, nothing hidden": ("base", SHARED),
+    "wrong captions, nothing hidden": ("base", SHARED),
+    "minilm twice": ("base", LLM + "mean"),
 }
-QUICK = " --quick --clips 32 --steps 2"
+BUDGET = 3.4e13  # FLOPs: 2,000 steps of *large from scratch*
+PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 100 "
+NEW = PLATEAU + "--preset nano "
+RICH = f"--data rich --clips 8192 --flops {BUDGET:g} "
+GROWN = PLATEAU + RICH
+DEPTH = GROWN + "--grow depth "
+GROWTH = {
+    "base": (None, f"{NEW}--data basic --flops {BUDGET / 2:g}"),
+    "_untrained": (None, f"{NEW}--data basic --steps 1"),
+    "continued": ("base", GROWN),
+    "lora": ("base", GROWN + "--tune lora"),
+    "insert": ("base", DEPTH),
+    "prefix": ("base", DEPTH + "--where prefix"),
+    "suffix": ("base", DEPTH + "--where suffix"),
+    "insert, plain copies": ("base", DEPTH + "--zero none"),
+    "insert, old blocks frozen": ("base", DEPTH + "--tune new"),
+    "insert, double zero": ("base", DEPTH + "--zero both"),
+    "width x 2": ("base", GROWN + "--grow width"),
+    "insert, short captions": ("base", DEPTH + "--captions short"),
+    "insert + llm": ("base", GROWN + "--drop-text 0.35 --grow depth,llm"),
+    "insert + llm, short captions": ("base", GROWN + "--drop-text 0.35 --grow depth,llm --captions short"),
+    "insert into an untrained base": ("_untrained", DEPTH),
+    "large from scratch": (None, f"{NEW}{RICH}--depth 8"),
+}
+SHARES = (5, 10, 25, 50, 80)  # % of the budget spent before growth
+TIMING = {}
+for before, share in zip((None, *SHARES), SHARES, strict=False):
+    told = f"--data rich --clips 8192 --flops {BUDGET * share / 100:g}"
+    start = f"_small {before} %" if before else None
+    TIMING[f"_small {share} %"] = (start, (PLATEAU if before else NEW) + told)
+    TIMING[f"insert at {share} %"] = (f"_small {share} %", DEPTH)
+TIMING["never grown"] = ("_small 80 %", GROWN)
+TIMING["_smaller 25 %"] = (None, f"{NEW}--depth 2 --data rich --clips 8192 --flops {BUDGET / 4:g}")
+TIMING["insert at 25 %, x 4"] = ("_smaller 25 %", DEPTH + "--add 6")
+GALLERY = ("base", "lora", "insert", "insert + llm")
+SHOWN = (
+    "an orange cat surfing in the snow",
+    "a yellow bird spinning left of a red car moving up at night",
+    "three blue fish moving left in the desert",
+    "a purple ball bouncing above a green dog that turns red in a meadow",
+)
+PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING}
 
 
 class WrongPrompts(Prompts):
@@ -87,6 +143,9 @@ class SamePrompts(Prompts):
         )
 
 
+READ = {"wrong captions, nothing hidden": WrongPrompts, "minilm twice": SamePrompts}
+
+
 def machine() -> str:
     """What the numbers were measured on, in words."""
     cpu = platform.processor() or platform.machine()
@@ -115,138 +174,118 @@ def find_revision() -> str:
 REVISION = find_revision()  # of the code that runs, whatever is committed while it does
 
 
-def begun(run: Path) -> bool:
-    """Whether there is something to go on from."""
-    return any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+def place(root: Path, part, arm, seed) -> Path:
+    """Where the run of an arm is, or its result: without spaces, commas and the like."""
+    return root / part / f"{'-'.join(re.findall(r'[^ ,+%]+', arm))}-{seed}"
 
 
-def run_arm(arm, seed, runs: Path, results: Path, reader, quick=False) -> dict:
-    """Train an arm and score it -> what is written to results/ARM-SEED.json, or what is there already. "base"
-    is the base of that seed, from which the others go on. Raises ValueError if what is there was made with
-    other arguments."""
-    file = results / f"{arm.replace(', ', ' ').replace(' ', '-')}-{seed}.json"
-    run, base = runs / file.stem, runs / f"base-{seed}"
-    tail = f"--seed {seed}{QUICK if quick else ''}".split()
-    of_base = [*BASE.split(), *tail]
-    how = of_base if arm == "base" else [*GO_ON.split(), *ARMS[arm].split(), *tail]
+def arguments(part, arm, seed, quick) -> list[str]:
+    """What train.py is told, but for the folders."""
+    base, told = PARTS[part][arm]
+    if quick:
+        told = re.sub(r"--(flops|steps|every|clips) \S+", "", told) + " --quick --clips 32 --steps 2"
+        told += "" if base else " --frames 4 --size 16"
+    return [*told.split(), "--seed", str(seed)]
+
+
+def train_arm(part, arm, seed, runs: Path, quick=False) -> Path:
+    """Train an arm, after what it goes on from, or what is left of it -> its run. Raises ValueError if what
+    is there was begun with other arguments."""
+    run, read, base = place(runs, part, arm, seed), READ.get(arm, Prompts), PARTS[part][arm][0]
+    how, out = arguments(part, arm, seed, quick), ["--out", str(run)]
+    if base:
+        how += ["--from", str(place(runs, part, base, seed))]
+    if any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
+        asked, told = vars(parse_arguments([*how, *out])), json.loads((run / "args.json").read_text())
+        asked |= {"resume": told["resume"], "steps": told["steps"] if asked["flops"] else asked["steps"]}
+        if other := [key for key, value in asked.items() if value not in (None, told[key])]:
+            raise ValueError(f"{run} was begun with another --{other[0]}: delete it, or name another --runs")
+        state = run / "checkpoint" / "train_state.json"
+        if state.is_file() and json.loads(state.read_text())["step"] >= told["steps"]:
+            return run
+        how = ["--resume"]
+    elif base:
+        train_arm(part, base, seed, runs, quick)
+    print(f"{part}: {arm}, seed {seed}: python train.py {' '.join([*how, *out])}")
+    torch.compiler.reset()  # the graphs of another run do not fit
+    return train(parse_arguments([*how, *out]), read=read)
+
+
+def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
+    """Train and score an arm, unless its result is there -> what is written to results/PART/ARM-SEED.json.
+    Raises ValueError if what is there was made with other arguments."""
+    file = place(results, part, arm, seed)
+    file, how = file.with_name(file.name + ".json"), arguments(part, arm, seed, quick)
     if file.is_file():
         if (result := json.loads(file.read_text()))["arguments"] != how:
             raise ValueError(f"{file} was made with other arguments: delete it, or name another --results")
         return result
-    print(f"{arm}, seed {seed}: python train.py {' '.join(how)}")
-    read = {"wrong captions": WrongPrompts, "minilm twice": SamePrompts}.get(arm, Prompts)
-    if arm != "base" and not begun(base):  # as in a fresh clone, where its results are there and it is not
-        train(parse_arguments([*of_base, "--out", str(base)]))
-    going_on = [] if arm == "base" else ["--from", str(base)]
-    torch.compiler.reset()  # the graphs of another run do not fit
-    where = ["--out", str(run)]
-    train(parse_arguments(["--resume", *where] if begun(run) else [*how, *going_on, *where]), read=read)
-    scores = evaluate(run, reader, 4 if quick else 200, seed=seed, read=read)
+    run = train_arm(part, arm, seed, runs, quick)
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
-    result |= {"scores": scores, "curve": curve}
-    results.mkdir(parents=True, exist_ok=True)
+    result["flops"] = load_model(run)[1]["flops"]
+    if part != "timing" and arm[0] != "_":
+        effort = {"count": 4, "steps": 1} if quick else {}
+        result["scores"] = evaluate(run, reader, **effort, seed=seed, read=READ.get(arm, Prompts))
+    file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")
-    whole.write_text(json.dumps(result))
+    whole.write_text(json.dumps(result | {"curve": curve}))
     whole.replace(file)
     return result
 
 
-def attributes(scores) -> float:
-    """The scores of a set of prompts -> the mean over its attributes."""
-    return mean(value for name, value in scores.items() if name not in ("all", "place"))
-
-
-def spread(values) -> str:
-    """Mean and standard deviation over seeds, "0.512 ± 0.011"; nothing of nothing."""
-    if not values:
-        return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def markdown(titles, rows) -> str:
-    """A table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def report(results: Path) -> str:
-    """The tables in Markdown, from the JSON files in `results` alone. Raises FileNotFoundError if there are
-    none."""
-    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-    by_arm = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ("base", *ARMS)}
-    by_arm = {arm: by_seed for arm, by_seed in by_arm.items() if by_seed}
-    if not by_arm:
-        raise FileNotFoundError(f"there are no results in {results}: run `python study.py` first")
-    sets = [name for name in found[0]["scores"] if name != "val_loss"]
-    first, *_ = ARMS
-
-    def row(arm, read):  # one number of every seed
-        return spread([read(result["scores"]) for result in by_arm[arm].values()])
-
-    def gain(arm, name):  # of an arm over the first one, within the seeds that both have
-        both = sorted(by_arm[arm].keys() & by_arm.get(first, {}).keys())
-        return [
-            attributes(by_arm[arm][seed]["scores"][name]) - attributes(by_arm[first][seed]["scores"][name])
-            for seed in both
-        ]
-
-    means = [
-        [
-            arm,
-            *(row(arm, lambda scores, name=name: attributes(scores[name])) for name in sets),
-            row(arm, lambda scores: mean(scores["val_loss"])),
-        ]
-        for arm in by_arm
-    ]
-    gains = [
-        [arm, *(spread(gain(arm, name)) for name in sets)] for arm in by_arm if arm not in ("base", first)
-    ]
-    text = [
-        f"Seeds: {', '.join(map(str, sorted({r['seed'] for r in found})))}. Mean ± standard deviation over"
-        " seeds. The mean over the attributes of each set of prompts, and the validation loss on `basic`:",
-        markdown(["arm", *sets, "validation loss"], means),
-        f"Gain over *{first}*, within each seed:",
-        markdown(["arm", *sets], gains),
-    ]
-    for name in sets:
-        columns = [column for column in found[0]["scores"][name] if column != "place"]
-        rows = [
-            [arm, *(row(arm, lambda scores, c=c, name=name: scores[name][c]) for c in columns)]
-            for arm in by_arm
-        ]
-        text += [f"{name.capitalize()}, by attribute:", markdown(["arm", *columns], rows)]
-    revisions = sorted({f"{r['revision'][:10]} on {r['machine']}" for r in found})
-    return "\n\n".join(["# Results", *text, f"Measured at {'; '.join(revisions)}."]) + "\n"
+def write_gallery(runs: Path, seed, path: Path):
+    """Side by side, as on the paper's page: clips by the base, LoRA, expansion and expansion with LLM, from
+    the same noise."""
+    shown = []
+    for arm in GALLERY:
+        model, header = load_model(place(runs, "growth", arm, seed))
+        prompts = Prompts(SHOWN, header, model.config.llm_dim)
+        shape = (len(SHOWN), 3, model.config.frames, model.config.size, model.config.size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        clips = to_uint8(solve(model, noise, prompts.batch(SHOWN), prompts.batch([NULL_PROMPT])))
+        shown.append(clips)
+    labels = [f"{arm}: {prompt}" for prompt in SHOWN for arm in GALLERY]
+    save_grid(path, np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]), labels, columns=len(GALLERY))
 
 
 def main(argv=None):
     """Run what is not there yet, then report: `python study.py`."""
     parser = argparse.ArgumentParser(
-        description="Test the paper's claims at toy scale; writes one JSON per arm and seed, and README.md."
+        description="Test the paper's claims at toy scale; writes one JSON per arm and seed, and a report."
     )
-    names = "; ".join(ARMS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help=f"of: {names} (all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
-    parser.add_argument("--results", help="folder for the JSON and the report (results, or runs/study-quick)")
-    parser.add_argument("--quick", action="store_true", help="all arms in seconds, one seed; nothing learned")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what is there")
+    parts = "; ".join(f"{part} ({', '.join(arm for arm in PARTS[part])})" for part in PARTS)
+    add = parser.add_argument
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="questions (all)")
+    add("--arms", nargs="+", metavar="ARM", help=f"of: {parts} (all)".replace("%", "%%"))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
+    add("--results", help="folder for the JSON and the report (results, or runs/study-quick)")
+    add("--quick", action="store_true", help="all arms in seconds, one seed; nothing learned")
+    add("--report", action="store_true", help="train nothing, report what is there")
     args = parser.parse_args(argv)
-    if unknown := [arm for arm in args.arms if arm not in ARMS]:
-        raise ValueError(f"no arm is called {unknown[0]!r}; there are {names}")
+    known = {arm for part in args.parts for arm in PARTS[part]}
+    if unknown := [arm for arm in args.arms or () if arm not in known]:
+        raise ValueError(f"no arm is called {unknown[0]!r}; see `python study.py --help`")
     quick = "runs/study-quick" if args.quick else None
     runs, results = Path(args.runs or quick or "runs/study"), Path(args.results or quick or "results")
     if not args.report:
         reader = Reader().eval() if args.quick else get_reader()
         if not args.quick:
-            print(table(prove(reader)))
-        for seed in args.seeds[:1] if args.quick else args.seeds:
-            for arm in dict.fromkeys(("base", next(iter(ARMS)), *args.arms)):
-                run_arm(arm, seed, runs, results, reader, args.quick)
-    text = report(results)
-    (results / "README.md").write_text(text)
-    print(text)
+            print(table(proof := prove(reader)))
+            results.mkdir(parents=True, exist_ok=True)
+            (results / "reader.json").write_text(json.dumps(proof, indent=1))
+        for part in args.parts:
+            for seed in args.seeds[:1] if args.quick else args.seeds:
+                for arm in PARTS[part]:
+                    if arm in (args.arms or known):
+                        run_arm(part, arm, seed, runs, results, reader, args.quick)
+        shown = [place(runs, "growth", arm, args.seeds[0]) / "checkpoint" for arm in GALLERY]
+        if all(checkpoint.is_dir() for checkpoint in shown):
+            write_gallery(runs, args.seeds[0], results / "gallery.gif")
+    here = Path(__file__).resolve().parent
+    readme = here / "README.md" if results.resolve() == here / "results" else None
+    print(write_report(results, PARTS, readme))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ import dit
 import draw
 import evaluate
 import grow
+import reader
+import report
 import sample
 import study
 import text_encoder
@@ -538,6 +540,23 @@ def test_flops_against_torch(config):
     assert counter.get_total_flops() == config.flops(5, 6)
 
 
+def test_flops_of_training():
+    """Backward costs twice the forward, but for the gradients that nobody needs: of inputs and of frozen
+    weights."""
+    N, D, hidden = SMALL.tokens(), SMALL.width, SMALL.width * SMALL.mlp_ratio
+    model = random_model()
+    inputs = 2 * (N * SMALL.patch_dim * D + 5 * SMALL.text_dim * D + dit.TIME_DIM * D)
+    whole = 3 * SMALL.flops(5) - inputs
+    assert dit.count_flops(model, [5]) == whole
+    for block in model.blocks[1:]:
+        block.mlp.requires_grad_(False)
+    assert dit.count_flops(model, [5]) == whole - 2 * (2 * N * 2 * D * hidden)
+    with_llm = grow.grow_llm(random_model(), 10, refiner=1)
+    F = with_llm.config.flops(5, 7)
+    assert 2.8 * F < dit.count_flops(with_llm, [5, 7]) < 3 * F
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
 def test_unknown_parameter_is_not_left_to_chance():
     model = DiT(SMALL)
     model.scale = torch.nn.Parameter(torch.ones(3))
@@ -744,10 +763,10 @@ def test_training_is_deterministic_and_resumes_exactly(tmp_path, encoder_name, m
     # Runs that die in their first step, and in step 17 after the checkpoint of step 10, and are resumed.
     for last in (0, 16):
 
-        def dies(ema, model, step, update=train.update_ema, last=last):
+        def dies(ema, model, step, decay, update=train.update_ema, last=last):
             if step == last:
                 raise KeyboardInterrupt
-            update(ema, model, step)
+            update(ema, model, step, decay)
 
         monkeypatch.setattr(train, "update_ema", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -1248,8 +1267,8 @@ def test_what_is_tuned(tmp_path, encoder_name):
     base = run_training(tmp_path / "base", encoder_name)
     old, _ = load_model(base)
     for tune, operator, way in (("new", "depth", {"add": 2}), ("lora", "lora", {"rank": 2})):
-        argv = ["--from", str(base), "--tune", tune, "--add", "2", "--rank", "2"]
-        argv += ["--grow", "depth"] if operator == "depth" else []
+        argv = ["--from", str(base), "--tune", tune, "--rank", "2"]
+        argv += ["--grow", "depth", "--add", "2"] if operator == "depth" else []
         argv += ["--decay", "0"]  # so that a stopped run can be the same run
         run = run_training(tmp_path / tune, encoder_name, *argv)
         stopped = run_training(tmp_path / f"{tune}-stopped", encoder_name, *argv, "--steps", "10")
@@ -1271,6 +1290,34 @@ def test_what_is_tuned(tmp_path, encoder_name):
     torch.testing.assert_close(merged(*inputs), load_model(tmp_path / "lora")[0](*inputs), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="leaves nothing to train"):
         run_training(tmp_path / "nothing", encoder_name, "--from", str(base), "--tune", "new")
+
+
+def test_how_far_and_with_what(tmp_path, encoder_name):
+    """--depth of a new model; --flops; --where and --zero; and what is forgotten is watched."""
+    base = run_training(tmp_path / "base", encoder_name, "--depth", "2", "--steps", "4")
+    model, header = load_model(base)
+    assert model.config.depth == 2 and all("old_val_loss" not in n for n in numbers(base))
+    more = ["--from", str(base), "--grow", "depth", "--where", "suffix", "--zero", "proj", "--add", "1"]
+    run = run_training(tmp_path / "run", encoder_name, *more, "--flops", str(3 * header["flops"]))
+    grown, after = load_model(run)
+    event = after["history"][1]
+    assert (event["where"], event["zero"], grown.config.depth) == ("suffix", "proj", 3)
+    first, *_, last = (n for n in numbers(run) if "val_loss" in n)
+    per_step = (after["flops"] - header["flops"]) / last["step"]
+    assert first["flops"] == header["flops"] and last["flops"] == after["flops"]
+    assert abs(after["flops"] - 3 * header["flops"]) <= per_step / 2
+    # Grown without a change of function, it starts with the loss that the base ended with.
+    assert first["old_val_loss"] == pytest.approx(numbers(base)[-1]["val_loss"], rel=1e-4)
+    again = ["--resume", "--out", str(run), "--flops", str(4 * header["flops"])]
+    train.train(train.parse_arguments(again))
+    assert load_model(run)[1]["flops"] == pytest.approx(4 * header["flops"], abs=per_step)
+    for wrong, message in (
+        (["--from", str(base), "--flops", "1e3"], "ask for more"),
+        (["--from", str(base), "--where", "prefix"], "--where is for --grow depth"),
+        (["--from", str(base), "--depth", "3"], "--depth is for a new model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_training(tmp_path / "wrong", encoder_name, *wrong)
 
 
 def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
@@ -1390,23 +1437,26 @@ def test_growing_a_run(tmp_path, encoder_name, capsys):
 
 
 # --------------------------------------------------------------------------------------------------------
-# evaluate.py
+# reader.py and evaluate.py
 
 
 class Oracle:
     """Says what is true of some scenes, in the reader's words."""
 
     def __init__(self, scenes):
-        self.true = evaluate.truth(scenes)
+        self.true = reader.truth(scenes)
 
     def __call__(self, video):
-        return {
-            "presence": self.true["presence"] * 2 - 1,
-            "colour": torch.nn.functional.one_hot(self.true["colour"].clamp_min(0), 6).float(),
-            "motion": torch.nn.functional.one_hot(self.true["motion"].clamp_min(0), 8).float(),
-            "background": torch.nn.functional.one_hot(self.true["background"], 5).float(),
-            "place": self.true["place"],
+        sizes = {"colour": 6, "motion": 8, "size": 3, "count": 3, "background": 5}
+        said = {
+            name: torch.nn.functional.one_hot(self.true[name].clamp_min(0), n).float()
+            for name, n in sizes.items()
         }
+        said["colour"] = said["colour"].sum(2)
+        return said | {"presence": self.true["presence"] * 2 - 1, "place": self.true["place"]}
+
+    def ends(self, video):
+        return torch.nn.functional.one_hot(self.true["colour"].clamp_min(0), 6).float()
 
 
 def test_scores_count_what_is_right():
@@ -1423,39 +1473,75 @@ def test_scores_count_what_is_right():
 
 def test_scores_of_several_actors():
     cat, dog = Actor("cat", "red", "left"), Actor("dog", "blue", "up", "turns green")
+    two, small = Actor("fish", "red", "spin", count=2), Actor("car", "green", "still", "shrinks")
     scenes = [Scene((cat, dog), "night", seed, "left of") for seed in range(4)]
-    videos = torch.zeros(4, 3, 8, 32, 32)
+    scenes += [Scene((two, small), "snow", seed, "above") for seed in range(4)]
+    videos = torch.zeros(8, 3, 8, 32, 32)
     assert set(evaluate.score_several(Oracle(scenes), videos, scenes).values()) == {1.0}
     said = [
         scenes[0],
         replace(scenes[1], relation="right of"),
-        replace(scenes[2], actors=(replace(cat, motion="spin"), replace(dog, colour="red"))),
-        replace(scenes[3], actors=(cat, Actor("ball", "blue", "up"))),
+        replace(scenes[2], actors=(replace(cat, motion="spin"), replace(dog, change="turns yellow"))),
+        replace(scenes[3], actors=(cat, Actor("ball", "blue", "up", "turns green"))),
+        scenes[4],
+        replace(scenes[5], actors=(replace(two, count=3), replace(small, change="grows"))),
+        replace(scenes[6], actors=(replace(two, count=1, colour="blue"), replace(small, motion="surf"))),
+        scenes[7],
     ]
     scores = evaluate.score_several(Oracle(said), videos, scenes)
-    # Of 8 actors the last dog is missing, of 4 whose colour counts none, and one more has the wrong motion.
-    assert scores == {
-        "subject": 7 / 8, "colour": 1, "motion": 6 / 8, "relation": 0.5, "background": 1, "all": 0.25
-    }  # fmt: skip
+    assert scores == pytest.approx({
+        "subject": 15 / 16,  # one dog is missing, and with it its motion and its change
+        "colour": 11 / 12,  # which does not count the dogs, who turn
+        "motion": 13 / 16, "direction": 6 / 8, "action": 7 / 8,
+        "change": 5 / 8, "count": 2 / 4,
+        "together": 7 / 8, "relation": 6 / 8, "background": 1, "all": 3 / 8,
+    })  # fmt: skip
     long, _ = evaluate.prompt_sets(40)["long"]
     assert set(evaluate.score_several(Oracle(long), torch.zeros(40, 3, 8, 32, 32), long).values()) == {1.0}
 
 
 def test_truth_of_rich_scenes():
-    scene = Scene(
-        (Actor("cat", "red", "still", "turns blue"), Actor("dog", "green", "left", count=2)),
-        "night",
-        5,
-        "above",
-    )
-    true = evaluate.truth([scene])
+    cat, dog = Actor("cat", "red", "still", "turns blue"), Actor("dog", "green", "left", "grows", count=2)
+    true = reader.truth([Scene((cat, dog), "night", 5, "above")])
     cat, dog = KINDS.index("cat"), KINDS.index("dog")
+    red, green, blue = (COLOURS.index(name) for name in ("red", "green", "blue"))
     assert true["presence"][0].nonzero().flatten().tolist() == [cat, dog]
-    assert true["colour"][0, cat] == -100 and true["colour"][0, dog] == COLOURS.index("green")
-    assert true["motion"][0, dog] == MOTIONS.index("left") and true["background"][0] == BACKGROUNDS.index(
-        "night"
-    )
+    assert true["colour"][0, [cat, dog]].tolist() == [[red, blue], [green, green]]
+    assert true["size"][0, [cat, dog]].tolist() == [0, 1] and true["count"][0, [cat, dog]].tolist() == [0, 1]
+    assert true["motion"][0, dog] == MOTIONS.index("left")
+    assert true["background"][0] == BACKGROUNDS.index("night")
+    absent = [k for k in range(len(KINDS)) if k not in (cat, dog)]
+    for name in ("colour", "motion", "size", "count"):
+        assert (true[name][0, absent] == -100).all()
     assert true["place"][0, cat, 1] < true["place"][0, dog, 1]  # above, and y points down
+
+
+def test_steadiness_against_its_formulas():
+    """A still clip is perfectly steady; for others flicker and smoothness follow VBench's loops."""
+    scenes = [Scene((Actor("cat", "red", motion),), "night", 5) for motion in ("still", "left", "still")]
+    judge = reader.Reader().eval()
+    still = torch.rand(3, 3, 1, 32, 32).expand(-1, -1, 8, -1, -1)
+    scores = evaluate.steadiness(judge, still, scenes)
+    assert all(scores[name] == pytest.approx(1, abs=1e-6) for name in scores if name != "dynamic")
+    videos = torch.rand(3, 3, 7, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scores = evaluate.steadiness(judge, videos, scenes)
+    grey = ((videos + 1) * 127.5).double()
+    changes = [(grey[i, :, t] - grey[i, :, t - 1]).abs().mean() for i in (0, 2) for t in range(1, 7)]
+    assert scores["flicker"] == pytest.approx((255 - sum(changes) / 12).item() / 255, abs=1e-6)
+    middles = [
+        (grey[i, :, t] - (grey[i, :, t - 1] + grey[i, :, t + 1]) / 2).abs().mean()
+        for i in range(3)
+        for t in (1, 3, 5)
+    ]
+    assert scores["smoothness"] == pytest.approx((255 - sum(middles) / 9).item() / 255, abs=1e-6)
+    with torch.no_grad():
+        wholes = [
+            judge.features(videos[:, :, t : t + 1].repeat(1, 1, reader.FRAMES, 1, 1))[2] for t in range(7)
+        ]
+    alike = torch.nn.functional.cosine_similarity
+    pairs = [(alike(wholes[0], wholes[t]) + alike(wholes[t - 1], wholes[t])) / 2 for t in range(1, 7)]
+    assert scores["background consistency"] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+    assert 0 < scores["subject consistency"] < 1
 
 
 def test_prompt_sets_hold_what_they_say():
@@ -1471,18 +1557,14 @@ def test_prompt_sets_hold_what_they_say():
 
 @pytest.mark.slow
 def test_the_reader_proves_itself():
-    reader = evaluate.get_reader()
-    proof = evaluate.prove(reader)  # refuses below 0.98
+    judge = reader.get_reader()
+    proof = evaluate.prove(judge)  # refuses below 0.98
     shuffled = proof["shuffled captions"]
     for name, options in (("subject", 8), ("colour", 6), ("motion", 8), ("background", 5)):
         assert shuffled[name] == pytest.approx(1 / options, abs=0.05)
-    assert evaluate.get_reader().state_dict().keys() == reader.state_dict().keys()  # from the cache
-
-    class Untrained(evaluate.Reader):
-        pass
-
+    assert reader.get_reader().state_dict().keys() == judge.state_dict().keys()  # from the cache
     with pytest.raises(ValueError, match="cannot be trusted"):
-        evaluate.prove(Untrained().eval(), count=64)
+        evaluate.prove(reader.Reader().eval(), count=64)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1507,25 +1589,97 @@ def test_the_control_reads_other_captions(tmp_path, encoder_name):
 
 def test_a_report_is_made_from_the_files_alone(tmp_path):
     def result(arm, seed, shift):
-        scores = {
-            "seen": {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9},
-            "val_loss": [1, 2],
-        }
+        scores = {"seen": {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9}, "val_loss": [1]}
         found = {"arm": arm, "seed": seed, "revision": "abc", "machine": "m", "scores": scores}
-        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(found))
+        (tmp_path / "language").mkdir(exist_ok=True)
+        (tmp_path / "language" / f"{arm}-{seed}.json").write_text(json.dumps(found))
 
     for seed, shift in enumerate((0.1, 0.2, 0.3)):
         result("base encoder", seed, shift)
         result("llm mean", seed, 2 * shift)
-    text = study.report(tmp_path)
-    assert text == study.report(tmp_path) and "Seeds: 0, 1, 2." in text
-    assert "| base encoder | 0.700 ± 0.050 | 1.500 ± 0.000 |" in text  # (0.5 + 0.2 + 0.7) / 2
-    assert "| llm mean | 0.800 ± 0.100 | 1.500 ± 0.000 |" in text
+    text = report.write_report(tmp_path, study.PARTS)
+    assert text == report.write_report(tmp_path, study.PARTS) and "over seeds 0, 1, 2." in text
+    assert "| base encoder | 0.700 ± 0.050 |" in text  # (0.5 + 0.2 + 0.7) / 2
+    assert "| llm mean | 0.800 ± 0.100 |" in text
     assert "| llm mean | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
     result("llm last", 7, 0.1)  # a seed that the base encoder has not
-    assert "| llm last | 0.650 |" in study.report(tmp_path) and "| llm last |  |\n" in study.report(tmp_path)
+    text = report.write_report(tmp_path, study.PARTS)
+    assert "| llm last | 0.650 |" in text and "| llm last |  |\n" in text
     with pytest.raises(FileNotFoundError, match="no results"):
-        study.report(tmp_path / "nothing")
+        report.write_report(tmp_path / "nothing", study.PARTS)
+
+
+def growth_result(arm, seed, losses, per_step, before=0.0, forgotten=0.0):
+    """A result whose loss on `rich` is given for every 100 steps."""
+    curve = []
+    for i, loss in enumerate(losses):
+        spent = {"step": 100 * i, "flops": before + 100 * i * per_step}
+        curve += [{**spent, "val_loss": loss, "old_val_loss": 1 + forgotten}]
+        curve += [{"step": 100 * i + s, "loss": loss + (s == 10 and i == 0)} for s in range(10, 101, 10)]
+    curve = curve[: -len(range(10, 101, 10))]
+    one, several = {"subject": 0.5, "flicker": 0.9, "all": 0.1}, {"subject": 0.5, "relation": losses[-1]}
+    scores = {"seen": one, "several actors": several, "long": several}
+    scores |= {"val_loss": [1 + forgotten] * 8, "rich_loss": [losses[-1]] * 8}
+    result = {"arm": arm, "seed": seed, "arguments": ["--data", "rich"], "revision": "abc", "machine": "m"}
+    return result | {"scores": scores, "curve": curve}
+
+
+def test_numbers_of_a_growth_report(tmp_path):
+    large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
+    grown = growth_result("insert at 25 %", 0, [3, 2.5, 1.5], per_step=0.5, before=50)
+    # It comes down to 2 half-way between steps 100 and 200: 50 + 75 FLOPs instead of 200.
+    assert report.savings({0: grown}, {0: large, 1: large}) == [pytest.approx(200 / 125)]
+    assert report.savings({0: growth_result("", 0, [3, 2.5], 1)}, {0: large}) == [None]
+    assert report.reached([(5, 1.9), (6, 2.1), (7, 1.8)], 2.0) == 5
+    assert report.reached([(0, 3.0), (1, 2.5)], 2.0) is None
+    assert report.reached([(0, 3.0), (1, 2.5), (2, 1.5)], 2.0) == 1.5
+    # Both have the same bad batch at step 10, which cancels.
+    better = growth_result("insert", 0, [2.9, 1.9, 1.9], 1)
+    assert report.spike(grown, large) == pytest.approx(-1) and report.spike(better, better) == 0
+    assert report.steps_to_mix(better, grown) == 10 and report.steps_to_mix(large, grown) is None
+    without = {**large, "curve": [r for r in large["curve"] if "loss" not in r]}  # of a run of a few steps
+    assert report.spike(without, large) is None and report.steps_to_mix(without, large) is None
+    assert report.at(report.losses_of(large, "val_loss"), 150) == 2.5
+    for values, expected in (
+        ([0.1, 0.11, 0.12], "holds"), ([-0.1, -0.11, -0.12], "contradicted"), ([0.1], "open"),
+        ([0.1, -0.01, 0.1], "open"), ([0.001, 0.3, 0.001], "open"),
+    ):  # fmt: skip
+        assert report.verdict(values) == expected
+
+    runs = [("base", [3, 3], 0.0), ("continued", [3, 2.6, 2.4, 2.3], 0.3), ("insert", [3, 2.5, 2.2], 0.2)]
+    runs += [("large from scratch", [9, 4, 3, 2.2], 0.0)]
+    for seed in range(3):
+        for arm, losses, forgotten in runs:
+            losses = [loss + 0.01 * seed for loss in losses]
+            result = growth_result(arm, seed, losses, 1, 100, forgotten + 0.01 * seed * (arm == "insert"))
+            (tmp_path / "growth").mkdir(exist_ok=True)
+            (tmp_path / "growth" / f"{arm}-{seed}.json").write_text(json.dumps(result))
+        (tmp_path / "timing").mkdir(exist_ok=True)
+        for arm, losses in (("insert at 25 %", [3, 2.5, 2.1]), ("never grown", [3, 2.9])):
+            result = growth_result(arm, seed, losses, 0.5, 50)
+            (tmp_path / "timing" / f"{arm}-{seed}.json").write_text(json.dumps(result))
+    text = report.write_report(tmp_path, study.PARTS)
+    assert "*insert* over *continued*, basic: 0.0900 ± 0.0100 (holds)" in text
+    assert "*insert* over *continued*, basic, equal steps: 0.0900 ± 0.0100 (holds)" in text
+    assert "going on as it was.** Holds." in text
+    # insert beats continued, but of LoRA nothing is known.
+    assert "beats LoRA.** Open. *insert* over *continued*, rich: 0.1000 ± 0.0000 (holds)." in text
+    assert "beats the large model that spends all on `rich`.** Open." in text  # they are equal
+    row = "| insert | 200 | 2.2100 ± 0.0100 | 1.2100 ± 0.0100 | 2.2100 ± 0.0100 | 1.2100 ± 0.0100 |"
+    assert row + " -0.0900 ± 0.0000 | " not in text and row in text
+    assert "| continued | 300 | 2.3100 ± 0.0100 | 1.3000 ± 0.0000 | 2.4100 ± 0.0100 |" in text
+    assert "LLaMA-Pro" not in text  # nothing is said of arms that are not there
+    assert "| never grown | 2.9000 ± 0.0000 |  | never, never, never | not in every seed |" in text
+    assert "| insert at 25 % | 2.1000 ± 0.0000 | " in text
+    names = "loss.png", "forgetting.png", "timing.png"
+    pictures = [(tmp_path / name).read_bytes() for name in names]
+    readme = tmp_path / "page.md"
+    readme.write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
+    assert report.write_report(tmp_path, study.PARTS, readme) == text
+    page = readme.read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and "stale" not in page
+    assert f"]({tmp_path.name}/loss.png)" in page and "0.0900 ± 0.0100" in page
+    assert pictures == [(tmp_path / name).read_bytes() for name in names]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1572,7 +1726,10 @@ def test_train_grow_sample_evaluate(tmp_path):
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
         "samples/a-cat-surfing.txt",
-        *(f"runs/study-quick/{arm}-0.json" for arm in ("base", "base-encoder", "llm-mean-refiner")),
+        *(
+            f"runs/study-quick/{run}-0.json"
+            for run in ("language/llm-mean-refiner", "growth/insert-+-llm", "timing/insert-at-25-x-4")
+        ),
         "runs/study-quick/README.md",
         *(
             f"samples/{name}.mp4"
