@@ -40,7 +40,6 @@ Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, split spatial 
 attention is affordable here), adaLN-single, dropout, and any form of registry or base class.
 """
 
-import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -387,7 +386,11 @@ def unpatchify(x, config, grid):
 def count_flops(model, lengths) -> int:
     """Floating-point operations of a training step on one clip with prompts of `lengths` tokens, forward and
     backward, as torch counts them on tensors without data. Frozen weights have no gradient to compute."""
-    ghost, config = copy.deepcopy(model).to("meta"), model.config
+    config = model.config
+    with torch.device("meta"):
+        ghost = DiT(config)
+    for mine, other in zip(ghost.parameters(), model.parameters(), strict=True):
+        mine.requires_grad_(other.requires_grad)
     x = torch.empty(1, 3, config.frames, config.size, config.size, device="meta")
     prompt = []
     for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):

@@ -198,7 +198,7 @@ def train_arm(part, arm, seed, runs: Path, quick=False) -> Path:
     if any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
         asked, told = vars(parse_arguments([*how, *out])), json.loads((run / "args.json").read_text())
         asked |= {"resume": told["resume"], "steps": told["steps"] if asked["flops"] else asked["steps"]}
-        if other := [key for key, value in asked.items() if value not in (None, told[key])]:
+        if other := [key for key, value in asked.items() if value not in (None, told.get(key))]:
             raise ValueError(f"{run} was begun with another --{other[0]}: delete it, or name another --runs")
         state = run / "checkpoint" / "train_state.json"
         if state.is_file() and json.loads(state.read_text())["step"] >= told["steps"]:
@@ -280,8 +280,9 @@ def main(argv=None):
                 for arm in PARTS[part]:
                     if arm in (args.arms or known):
                         run_arm(part, arm, seed, runs, results, reader, args.quick)
-        shown = [place(runs, "growth", arm, args.seeds[0]) / "checkpoint" for arm in GALLERY]
-        if all(checkpoint.is_dir() for checkpoint in shown):
+        names = [place(Path("growth"), "", arm, args.seeds[0]) for arm in GALLERY]
+        done = (results.joinpath(f"{name}.json").is_file() for name in names)
+        if all(done) and all((runs / name / "checkpoint").is_dir() for name in names):
             write_gallery(runs, args.seeds[0], results / "gallery.gif")
     here = Path(__file__).resolve().parent
     readme = here / "README.md" if results.resolve() == here / "results" else None
