@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from dit import check_shape
-from text_encoder import NULL_PROMPT, cut, encoders, make_encoder
+from text_encoder import NULL_PROMPT, bf16_is_fast, cut, encoders, make_encoder
 
 FPS = 8  # a clip of 8 frames lasts a second
 STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
@@ -145,11 +145,7 @@ def pick_precision(name, device):
     """ "auto" -> bfloat16 where the machine multiplies it faster than float32, else None, which is float32
     throughout."""
     if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = "bf16" if fast else "fp32"
+        name = "bf16" if bf16_is_fast(device.type) else "fp32"
     return torch.bfloat16 if name == "bf16" else None
 
 

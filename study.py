@@ -23,8 +23,9 @@ encoders, whose features are computed once. Learning rates stay on their plateau
 where only ends are compared, rates decay.)
 
 **What is measured.** The reader (reader.py, evaluate.py) scores clips for prompts never seen; losses are
-those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
-decide weights, batches and noise; clips, captions and test prompts are the same for all.
+those on held-out clips with fixed noise. Scoring six sets of 200 prompts takes nearly as many FLOPs as to
+train an arm of part growth, so that part makes do with 100. Differences are taken within a seed. The spread
+is over seeds, which decide weights, batches and noise; clips, captions and test prompts are the same for all.
 
 **What is kept.** One JSON per arm and seed in results/PART/: arguments, revision of the code, machine, curve
 of the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and
@@ -225,7 +226,7 @@ def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
     result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
     result["flops"] = load_model(run)[1]["flops"]
     if part != "timing" and arm[0] != "_":
-        effort = {"count": 4, "steps": 1} if quick else {}
+        effort = {"count": 4, "steps": 1} if quick else {"count": 100 if part == "growth" else 200}
         result["scores"] = evaluate(run, reader, **effort, seed=seed, read=READ.get(arm, Prompts))
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")

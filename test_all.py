@@ -326,6 +326,17 @@ def test_features_of_an_llm(tmp_path, layers):
         text_encoder.LanguageModel(str(tmp_path), "first")
 
 
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_an_llm_computes_in_what_the_machine_is_fast_at(tmp_path, monkeypatch, fast, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    encoder = text_encoder.LanguageModel(tiny_llm(tmp_path), "mean")
+    assert encoder.model.dtype == dtype and sample.pick_precision("auto", torch.device("cpu")) == (
+        torch.bfloat16 if fast else None
+    )
+    assert encoder(["a red cat"])[0].dtype == torch.bfloat16  # features are alike on all machines
+
+
 @pytest.mark.slow
 def test_the_real_llm():
     """Its weights in bfloat16, unpacked once, against those read from the GGUF file in float32."""
