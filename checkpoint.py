@@ -14,6 +14,8 @@ and no code, unlike a pickle, which may run anything when it is opened.
 
 import copy
 import json
+import math
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dit import DiT, DiTConfig
+from draw import FPS
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run anything when they are opened
+
+
+def settle(path: Path):
+    """Wait until a file or directory is on the disk, and not only on its way: a power cut may come."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, text: str):
+    """Write a text file whole or not at all: beside it, then renamed."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    settle(new)
+    new.replace(path)
 
 
 def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTConfig, **header):
@@ -35,7 +57,12 @@ def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTCon
 
 def find_checkpoint(path: Path | str) -> Path:
     """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is
-    none."""
+    none, ValueError for a pickle."""
+    if Path(path).suffix in PICKLES or (Path(path).is_file() and Path(path).suffix != ".safetensors"):
+        raise ValueError(
+            f"{path} is not opened: a checkpoint here is a directory with model.safetensors, and pickles"
+            f" ({' '.join(PICKLES)}), which may run any code, are never loaded"
+        )
     for directory in (Path(path) / "checkpoint", Path(path), Path(path) / "checkpoint.old"):
         if (directory / "model.safetensors").is_file():
             return directory
@@ -53,9 +80,12 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
             header = {k: json.loads(v) for k, v in (opened.metadata() or {}).items()}
             weights = {k: opened.get_tensor(k) for k in list(opened.keys())}
         config = DiTConfig(**header.pop("config"))
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        header = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": FPS, "new": [], **header}
+        check_header(header)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{file} is not a checkpoint of this project: {type(error).__name__} {error}"
+            f"{file} is not a checkpoint of this project: {type(error).__name__} {reason}"
         ) from None
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file is known to fit
         expected = {k: v.shape for k, v in DiT(config).state_dict().items()}
@@ -71,7 +101,33 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
         )
     model = DiT(config)
     model.load_state_dict(weights)
-    return model.eval(), {"text_encoder": "minilm", "history": [], "flops": 0, **header}
+    return model.eval(), header
+
+
+def check_number(value, name):
+    """Raise ValueError unless `value` is a number from 0 on, and no infinite one."""
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {str(value)[:80]}, which is no number from 0 on")
+
+
+def check_header(header):
+    """Raise ValueError, TypeError, KeyError or AttributeError if what others read of a header is not what
+    they would understand: a file may come from anywhere."""
+    for name in ("flops", "fps"):
+        check_number(header[name], name)
+    if not header["fps"]:
+        raise ValueError("fps is 0")
+    for name in ("text_encoder", "llm", "llm_features"):
+        if not isinstance(header.get(name, ""), str):
+            raise ValueError(f"{name} is no text")
+    if not (isinstance(header["new"], list) and all(isinstance(name, str) for name in header["new"])):
+        raise ValueError("new is no list of names")
+    for event in header["history"]:
+        if "grow" not in event:
+            check_number(event["steps"], "steps")
+            if not isinstance(event["train"], str) or not isinstance(event["captions"], str):
+                raise ValueError("what was trained on has no name")
+    tree(header["history"])
 
 
 class Checkpoint(NamedTuple):
@@ -88,10 +144,26 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint):
     """Write `directory` whole or not at all: beside it, then renamed. A kill between the two renames
-    leaves `directory`.old, which `find_checkpoint` takes."""
+    leaves `directory`.old, which `find_checkpoint` takes. Raises OSError if the disk is full; then what was
+    there before is there still."""
     new, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
+    try:
+        write_checkpoint(new, checkpoint)
+    except SafetensorError as error:  # which hides an OSError
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"{directory} could not be written: {error}") from None
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    settle(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checkpoint(new: Path, checkpoint: Checkpoint):
+    """The files of a checkpoint, in a directory of their own."""
     save_model(new, checkpoint.ema.state_dict(), checkpoint.ema.config, **checkpoint.header)
     if checkpoint.state:
         tensors = {f"weights.{name}": p.detach() for name, p in checkpoint.model.named_parameters()}
@@ -99,11 +171,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint):
             tensors |= {f"{kind}.{name}": tensor for kind, tensor in moments.items()}
         save_file({k: v.contiguous() for k, v in tensors.items()}, new / "train_state.safetensors")
         (new / "train_state.json").write_text(json.dumps(checkpoint.state, indent=1))
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    for file in (*new.iterdir(), new):
+        settle(file)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -126,8 +195,12 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             if (entry["step"].shape, entry["exp_avg"].shape, entry["exp_avg_sq"].shape) != ((), shape, shape):
                 raise ValueError(f"the moments of {name} have another shape")
         state = json.loads(file.with_suffix(".json").read_text())
-    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        for name in ("step", "seconds", "look_seconds", "flops_before", "lr_before", "lr", "peak_at_128"):
+            check_number(state[name], name)
+        if type(state["step"]) is not int or not all(type(loss) is float for loss in state.get("losses", ())):
+            raise ValueError("step or losses are no numbers")
+    except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit its model: {type(error).__name__} {reason}") from None
     return Checkpoint(model, ema, moments, header, state)
 

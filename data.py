@@ -19,7 +19,7 @@ motion) pairs that never occur together (a cat never surfs); the second column o
 never occur in a training caption (a *feline* that is *ascending*; the third column enriches captions); and
 `HELD_OUT_FORMS`, sentences built as no training caption is.
 
-How a scene becomes pixels is the next file, draw.py.
+How a scene becomes pixels is another file, draw.py; real clips from a folder are a third, clips.py.
 """
 
 import argparse
@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from draw import render, save_grid
+from clips import Folder, check
+from draw import FPS, render, save_grid
 
 # Each concept: (words of all training captions), (words of none), (more words, of varied captions only).
 # fmt: off
@@ -104,6 +105,7 @@ WORDS = {
 KINDS, COLOURS, MOTIONS, BACKGROUNDS = (tuple(WORDS[c]) for c in ("kind", "colour", "motion", "background"))
 RELATIONS = ("left of", "right of", "above", "below")
 CAMERAS = ("still", "pan left", "pan right", "zoom in", "zoom out")
+SETS = {"basic": ("basic",), "rich": ("rich",), "both": ("basic", "rich")}
 CHANGES = ("turns", "grows", "shrinks")  # "turns" comes with a second colour: "turns blue"
 
 # One per kind and one per motion, so that both halves of every pair are well known apart from the other.
@@ -200,10 +202,9 @@ def make_scene(which: str, seed: int, held_out: bool = False) -> Scene:
 def make_scenes(which: str, count: int, seed: int = 0, held_out: bool = False) -> list[Scene]:
     """`count` scenes of set `which`, or of "both" in turn; the same arguments give the same scenes, and other
     seeds give other ones."""
-    sets = {"basic": ("basic",), "rich": ("rich",), "both": ("basic", "rich")}
-    if which not in sets:
-        raise ValueError(f"no set of scenes is called {which!r}; there are {', '.join(sets)}")
-    names = sets[which]
+    if which not in SETS:
+        raise ValueError(f"no set of scenes is called {which!r}; there are {', '.join(SETS)}")
+    names = SETS[which]
     return [make_scene(names[i % len(names)], seed * 10_000_000 + i, held_out) for i in range(count)]
 
 
@@ -318,6 +319,7 @@ class ToyWorld:
         cache=True,
     ):  # fmt: skip
         self.scenes = make_scenes(which, count, seed)
+        self.names, self.problems = [f"{which} {scene.seed}" for scene in self.scenes], []
         details = ("short", "detailed") if detail == "both" else (detail,)
         self.captions = [  # i // 2, since sets alternate too
             caption(scene, details[i // 2 % len(details)], words, omit) for i, scene in enumerate(self.scenes)
@@ -345,11 +347,22 @@ class ToyWorld:
         return videos.float() / 127.5 - 1, [self.captions[i] for i in rows]
 
 
+def open_clips(data, part="train", count=16384, frames=8, size=32, detail="short", words="train", **folder):
+    """The clips that `--data` names, for the "train" or the "validation" `part`: `count` of the toy world, or
+    of a folder at most as many, for which `folder` are more arguments. Raises ValueError or OSError in one
+    line."""
+    if data in SETS:
+        return ToyWorld(data, count, ("train", "validation").index(part), frames, size, detail, words)
+    return Folder(data, part, frames, size, detail, count=count, **folder)
+
+
 def main(argv=None):
-    """Write a preview of the toy world: `python data.py`."""
+    """Write a preview of the toy world: `python data.py`; or of real clips: `python data.py --check DIR`."""
     parser = argparse.ArgumentParser(
-        description="Draw a labelled preview of the toy world, as PNG and as GIF."
+        description="Draw a labelled preview of the toy world, as PNG and as GIF, or of a folder of clips."
     )
+    parser.add_argument("--check", metavar="DIR", help="say what is in a folder of clips, and what is wrong")
+    parser.add_argument("--fps", type=float, default=FPS, help=f"of --check: frames per second ({FPS})")
     parser.add_argument("--data", default="basic", choices=("basic", "rich"), help="set of scenes (basic)")
     parser.add_argument(
         "--captions", default="short", choices=("short", "detailed"), help="kind of caption (short)"
@@ -359,6 +372,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
     parser.add_argument("--out", default="samples", help="folder to write into (samples)")
     args = parser.parse_args(argv)
+    if args.check:
+        return check(args.check, Path(args.out), args.frames, args.size, args.fps)
     if args.data == "basic":  # every kind with every motion once, held-out pairs too
         rng = np.random.default_rng(args.seed)
         scenes = []

@@ -81,9 +81,10 @@ class DiTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("llm_dim", "lora_rank", "llm_refiner") else 1
-            if type(value) is not int or not least <= value <= 65536:
+            most = 1024 if field.name in ("depth", "heads", "mlp_ratio", "llm_refiner") else 65536
+            if type(value) is not int or not least <= value <= most:
                 raise ValueError(
-                    f"{field.name} is {value!r}; it must be a whole number from {least} to 65536"
+                    f"{field.name} is {value!r}; it must be a whole number from {least} to {most}"
                 )
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")

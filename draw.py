@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+FPS = 8  # frames per second: a clip of 8 frames lasts a second
 RGB = {
     "red": (0.90, 0.16, 0.16), "orange": (1.00, 0.53, 0.05), "yellow": (1.00, 0.88, 0.15),
     "green": (0.16, 0.72, 0.25), "blue": (0.13, 0.38, 0.95), "purple": (0.62, 0.22, 0.80),
@@ -385,4 +386,4 @@ def save_grid(path: Path | str, videos, labels, columns: int = 8, tile: int = 16
                 (x + 2, y + tile + 2), "\n".join(label), fill="black", font_size=11, spacing=1
             )
         pages.append(page)
-    pages[0].save(path, save_all=len(pages) > 1, append_images=pages[1:], duration=125, loop=0)
+    pages[0].save(path, save_all=len(pages) > 1, append_images=pages[1:], duration=1000 / FPS, loop=0)

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load_model
 from data import KINDS, MOTIONS, ToyWorld, caption, make_scenes
 from draw import render
+from flow import validation_loss
 from reader import FRAMES, SIZE, get_reader, truth
 from sample import GUIDANCE, STEPS, autocast, newest_checkpoint, pick_device, pick_precision, solve
 from text_encoder import NULL_PROMPT, Prompts
-from train import validation_loss
 
 ATTRIBUTES = ("subject", "colour", "motion", "background")
 COLUMNS = (*ATTRIBUTES, "change", "count", "relation", "all")  # of a table

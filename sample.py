@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from dit import check_shape
+from draw import FPS
 from text_encoder import NULL_PROMPT, bf16_is_fast, cut, encoders, make_encoder
 
-FPS = 8  # a clip of 8 frames lasts a second
 STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
 
 
@@ -105,7 +105,7 @@ def newest_checkpoint(root: Path = Path("runs")) -> Path:
     )
 
 
-def write_video(path: Path, frames):
+def write_video(path: Path, frames, fps=FPS):
     """uint8 frames (T, H, W, 3) -> `path`.mp4 and `path`.gif, enlarged by a whole factor to at least 256
     pixels. Both are written under other names and renamed, so that a file is whole or absent."""
     factor = max(1, math.ceil(256 / frames.shape[1]))
@@ -118,10 +118,10 @@ def write_video(path: Path, frames):
         np.tile(frames, (4, 1, 1, 1)),
         plugin="pyav",
         codec="libx264",
-        fps=FPS,
+        fps=fps,
         out_pixel_format="yuv420p",
     )
-    iio.imwrite(gif, frames, plugin="pillow", duration=1000 / FPS, loop=0)
+    iio.imwrite(gif, frames, plugin="pillow", duration=1000 / fps, loop=0)
     mp4.replace(path.parent / f"{path.name}.mp4")
     gif.replace(path.parent / f"{path.name}.gif")
 
@@ -258,7 +258,7 @@ def main(argv=None):
         name = file_name(prompts[row])
         used[name] += 1  # a second video of one name is name-2, and none is lost
         path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
-        write_video(path, frames_of_clip)
+        write_video(path, frames_of_clip, header["fps"])
         beside = path.with_name(f"{path.name}.txt")
         beside.unlink(missing_ok=True)  # of an earlier video of this name
         if args.recaption:

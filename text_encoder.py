@@ -149,7 +149,7 @@ def load(name, kind, dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         if transformers.AutoConfig.from_pretrained(source).model_type == "t5":
             kind = "T5EncoderModel"  # an encoder-decoder's first half is a class of its own
-        model = getattr(transformers, kind).from_pretrained(source, dtype=dtype)
+        model = getattr(transformers, kind).from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if cache_dir() in Path(source).parents:  # unpacked once, and spoilt since

@@ -1,13 +1,8 @@
-"""Rectified flow, and the loop that trains it.
+"""The training loop: from noise, or from a run that goes on, to a run.
 
-**The method.** Draw a straight line between noise and a clip, x_t = t x + (1 - t) noise, with t = 0 noise and
-t = 1 the clip (rectified flow, arXiv 2209.03003). Ask the model for the clip x at the end of the line; the
-velocity it implies is (x_predicted - x_t) / (1 - t), the true one is x - noise, and the loss is the squared
-difference of the two, which is the squared error of the clip over (1 - t)^2 (JiT, arXiv 2511.13720: predict
-x, weigh as velocity; 1 - t is not taken below 0.05). Times are logit-normal, sigmoid(N(-0.8, 0.8)): most of
-what is hard happens early, in noise. One caption in ten is replaced by the null prompt, which sample.py needs
-for guidance. A model that reads with an LLM as well gets others from the LLM alone (`HIDDEN`): what the small
-encoder has explained already, nothing would make it look up in the new branch.
+**What is learned** is rectified flow (flow.py). One caption in ten is replaced by the null prompt, which
+sample.py needs for guidance. A model that reads with an LLM as well gets others from the LLM alone
+(`HIDDEN`): what the small encoder has explained already, nothing would make it look up in the new branch.
 
 **The loop.** AdamW; a learning rate that warms up, stays, and decays to zero at the end (a plateau can be
 continued or grown from, a cosine cannot); gradients clipped; an exponential moving average (EMA) of the
@@ -25,55 +20,54 @@ of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it a
 from other clips, the loss on those is watched too: what is forgotten.
 
 **A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
-args.json.
+args.json. One process trains in it at a time. It may be killed at any moment, and `--resume` goes on from the
+last checkpoint to the same bits as if nothing had happened; asked to stop (Ctrl-C, SIGTERM) it finishes its
+step and saves. Where a loss or a gradient is not finite it stops, and names the clips of that step.
 
 Differences from big trainers: one process, no configuration files, no logger but a file of JSON lines.
 """
 
-import argparse
 import copy
 import json
 import math
-import shutil
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint, load_model, plot_losses, save_checkpoint, tree
-from data import PROMPTS, ToyWorld, save_grid
+from arguments import HIDDEN, parse_arguments
+from checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_model,
+    plot_losses,
+    save_checkpoint,
+    settle,
+    tree,
+    write_whole,
+)
+from data import PROMPTS, SETS, open_clips
 from dit import PRESETS, DiT, count_flops
-from grow import ZEROS, grow_state
+from draw import FPS, save_grid
+from flow import T_BINS, flow_loss, time_of, validation_loss
+from grow import grow_state
 from sample import autocast, pick_device, pick_precision, solve, to_uint8
-from text_encoder import LAYERS, NULL_PROMPT, Prompts, encode
+from text_encoder import NULL_PROMPT, Prompts, encode
 
 START = time.perf_counter()  # of the process: --minutes means minutes
-T_BINS = 8  # slices of the times, equally likely in training, for the validation loss
-TUNE = ("all", "new", "lora")
 DIVERGED = "lower --lr; the last checkpoint is kept"
 DROP = 0.1  # share of captions replaced by the null prompt, for guidance
-HIDDEN = 0.35  # share hidden from the small encoder when an LLM reads too; chosen by measurement (README)
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 
 # --------------------------------------------------------------------------------------------------------
-# The method
-
-
-def flow_loss(model, x, t, noise, prompt):
-    """The velocity loss of each clip. x (B, 3, T, H, W) in [-1, 1]; t (B,) in [0, 1); noise like x; prompt,
-    the features (B, L, D) and mask (B, L) of each text encoder -> (B,) float32, each the mean over a clip. A
-    model that predicts grey has about the variance of the data over (1 - t)^2."""
-    s = t.view(-1, 1, 1, 1, 1)
-    predicted = model(s * x + (1 - s) * noise, t, *prompt)
-    return ((predicted.float() - x) / (1 - s).clamp_min(0.05)).square().mean((1, 2, 3, 4))
-
-
-def time_of(normal):
-    """Standard normal numbers -> logit-normal times in (0, 1): sigmoid(N(-0.8, 0.8))."""
-    return torch.sigmoid(-0.8 + 0.8 * normal)
+# Pieces of the loop
 
 
 def random_draws(seed, step, shape, count):
@@ -84,27 +78,6 @@ def random_draws(seed, step, shape, count):
     t = time_of(torch.randn(shape[0], generator=generator))
     noise = torch.randn(shape, generator=generator)
     return rows, t, noise, torch.rand(shape[0], generator=generator)
-
-
-@torch.no_grad()
-def validation_loss(model, world, prompts, precision=None):
-    """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,),
-    means over equally likely slices of the times: which part of the way from noise to clip is hard.
-    `precision` is the autocast type, None for float32."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for rows in torch.arange(len(world)).split(64):
-        x, captions = world.batch(rows)
-        t = time_of(
-            torch.special.ndtri((rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS)
-        )
-        noise = torch.randn(x.shape, generator=generator)
-        x, t, noise, *prompt = (v.to(device) for v in (x, t, noise, *prompts.batch(captions)))
-        with autocast(device, precision):
-            losses.append(flow_loss(model, x, t, noise, prompt).cpu())
-    losses = torch.cat(losses)
-    return torch.stack([losses[b::T_BINS].mean() for b in range(T_BINS)])
 
 
 @torch.no_grad()
@@ -163,11 +136,40 @@ def freeze(model, ema, tune, new):
         raise ValueError(f"--tune {tune} leaves nothing to train: no growth has made such parameters")
 
 
+@contextmanager
+def stoppable():
+    """Within it Ctrl-C and SIGTERM end nothing, but are written down in the list that it gives; a second
+    Ctrl-C is Ctrl-C again."""
+    stops = []
+
+    def stop(number, _):
+        stops.append(number)
+        signal.signal(number, before[number])
+
+    here = threading.current_thread() is threading.main_thread()  # no other thread may ask for signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(args, started=None, read=Prompts):
     """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
     began at `started` (`time.perf_counter`), by default now. `read` is how prompts become features. Raises
-    ValueError or OSError, in one line, for whatever the user can mend."""
-    started = started or time.perf_counter()
+    ValueError or OSError, in one line, for whatever the user can mend, and SystemExit after a stop."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(Path(args.out) / "lock", timeout=0):
+            return train_alone(args, started or time.perf_counter(), read)
+    except filelock.Timeout:
+        raise ValueError(f"another process is training in {args.out}: name another with --out") from None
+
+
+def train_alone(args, started, read):
+    """`train`, in a directory that no other process trains in."""
     run = Path(args.out)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
@@ -185,17 +187,27 @@ def train(args, started=None, read=Prompts):
         raise ValueError("--drop-text is for a model that reads with an LLM: grow it with --grow llm")
 
     # Data and the features of all its captions.
-    run.mkdir(parents=True, exist_ok=True)
     header = start.header if start else {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
     history = header["history"][:-1] if args.resume else header["history"]
-    clip = (config.frames, config.size)
-    world = ToyWorld(args.data, args.clips, 0, *clip, args.captions, args.words)
-    few = min(args.clips, 256)
-    held_out = {"val_loss": ToyWorld(args.data, few, 1, *clip, args.captions, args.words)}
+    header["fps"] = args.fps = args.fps or header.get("fps", FPS)
+    clip, folder = (config.frames, config.size), {"fps": args.fps, "max_bad": args.max_bad}
+    world = open_clips(args.data, "train", args.clips, *clip, args.captions, args.words, **folder)
+    for what, why in world.problems:
+        print(f"skipped: {what}: {why}")
+    few = min(args.clips or 256, 256)
+    held_out = {
+        "val_loss": open_clips(args.data, "validation", few, *clip, args.captions, args.words, **folder)
+    }
     old = [event for event in history if "train" in event][-1:]
     if old and (old[0]["train"], old[0]["captions"]) != (args.data, args.captions):
-        held_out["old_val_loss"] = ToyWorld(old[0]["train"], few, 1, *clip, old[0]["captions"])
-    texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *PROMPTS]
+        try:
+            held_out["old_val_loss"] = open_clips(
+                old[0]["train"], "validation", few, *clip, old[0]["captions"], **folder
+            )
+        except FileNotFoundError as gone:
+            print(f"what is forgotten is not watched: {gone}")
+    shown = list(PROMPTS) if args.data in SETS else list(dict.fromkeys(world.captions))[: len(PROMPTS)]
+    texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *shown]
     prompts = read(texts, header, config.llm_dim)
     lengths = [stream.max_length for stream in prompts.streams]
 
@@ -222,7 +234,9 @@ def train(args, started=None, read=Prompts):
     # Where the run stands.
     metrics, records = run / "metrics.jsonl", []
     if args.resume:
-        records = [r for r in map(json.loads, metrics.read_text().splitlines()) if r["step"] <= state["step"]]
+        lines = metrics.read_text().splitlines(keepends=True)  # the last one may have been cut off
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = [r for r in records if r["step"] <= state["step"]]
     else:
         rate = state.get("lr", 0.0)
         state = {"step": 0, "seconds": 0.0, "look_seconds": 0.0, "flops_before": header["flops"]}
@@ -233,9 +247,10 @@ def train(args, started=None, read=Prompts):
             raise ValueError(
                 f"--flops counts those of the base too, {state['flops_before']:.2e}: ask for more"
             )
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    write_whole(run / "args.json", json.dumps(vars(args), indent=1))
     steps_before = sum(event.get("steps", 0) for event in history)
-    metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_whole(metrics, "".join(json.dumps(r) + "\n" for r in records))
+    losses = [torch.tensor(loss, device=device) for loss in state.pop("losses", ())]  # not written down yet
     begun = started - state["seconds"]
 
     def record(**entry):
@@ -243,28 +258,46 @@ def train(args, started=None, read=Prompts):
         with metrics.open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
 
+    def check():
+        """Raise ValueError if a loss since the last line of metrics is not finite."""
+        for i, loss in enumerate(torch.stack(losses).tolist() if losses else ()):
+            if not math.isfinite(loss):
+                step = state["step"] - len(losses) + i
+                rows = random_draws(args.seed, steps_before + step, shape, len(world))[0]
+                names = "; ".join(world.names[row] for row in rows)
+                raise ValueError(
+                    f"the loss or its gradient is {loss} at step {step + 1}: {DIVERGED} ({names})"
+                )
+
+    def save():
+        check()
+        header["flops"] = state["flops_before"] + state["step"] * step_flops
+        state["seconds"] = time.perf_counter() - begun
+        event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
+        header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
+        moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
+        pending = {"losses": [loss.item() for loss in losses]}
+        settle(metrics)
+        save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state | pending))
+
     def look():
         """Validate, draw samples, save."""
+        check()
         begin = time.perf_counter()
-        header["flops"] = state["flops_before"] + state["step"] * step_flops
-        entry = {"flops": header["flops"]}
+        entry = {"flops": state["flops_before"] + state["step"] * step_flops}
         for name, clips in held_out.items():
             by_t = validation_loss(ema, clips, prompts, precision).tolist()
             entry |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
         if not math.isfinite(entry["val_loss"]):
             raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
         record(**entry)
-        noise = torch.randn(len(PROMPTS), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-        prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (PROMPTS, [NULL_PROMPT]))
+        noise = torch.randn(len(shown), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+        prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (shown, [NULL_PROMPT]))
         with autocast(device, precision):
             clips = solve(ema, noise, prompt, empty)
         (run / "samples").mkdir(exist_ok=True)
-        save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), PROMPTS, columns=4)
-        state["seconds"] = time.perf_counter() - begun
-        event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
-        header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
-        moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
-        save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state))
+        save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), shown, columns=4)
+        save()
         if any("loss" in r for r in records):
             middles = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
             plot_losses(run / "loss.png", records, middles)
@@ -282,52 +315,56 @@ def train(args, started=None, read=Prompts):
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
         for block in model.blocks:
             block.compile()
+    looked = max((r["step"] for r in records if "val_loss" in r), default=state["step"])
+    logged = state["step"], time.perf_counter()
     bar = tqdm(desc="training", total=args.steps, unit="step", initial=state["step"])
-    losses, logged, looked = [], time.perf_counter(), state["step"]
-    while True:
-        step, seconds = state["step"], time.perf_counter() - begun
-        progress = step / args.steps
-        if args.minutes:  # with time left for the last look
-            progress = (seconds + state["look_seconds"]) / (60 * args.minutes)
-        if progress >= 1:
-            break
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
-        rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
-        x, captions = world.batch(rows)
-        streams = [  # one list of captions for each encoder; the first one may lose more of them
-            [NULL_PROMPT if d < share else c for c, d in zip(captions, drop.tolist(), strict=True)]
-            for share in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
-        ]
-        prompt = prompts.batch(*streams, whole=True)
-        x, t, noise, *prompt = (v.to(device, non_blocking=True) for v in (x, t, noise, *prompt))
-        with autocast(device, precision):
-            loss = flow_loss(model, x, t, noise, prompt).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        update_ema(ema, model, steps_before + step, args.ema)
-        losses.append(loss.detach())
-        state["step"], state["lr"] = step + 1, group["lr"]
-        step += 1
-        bar.update()
-        if step % LOG_EVERY == 0:
-            mean, now = torch.stack(losses).mean().item(), time.perf_counter()
-            speed = len(losses) * args.batch / (now - logged)
-            losses, logged = [], now
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean} at step {step}: {DIVERGED}")
-            flops = state["flops_before"] + step * step_flops
-            record(loss=mean, lr=group["lr"], flops=flops, seconds=now - begun, samples_per_second=speed)
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} clips/s")
-        if step % args.every == 0:
+    with bar, stoppable() as stops:
+        while not stops:
+            step, seconds = state["step"], time.perf_counter() - begun
+            progress = step / args.steps
+            if args.minutes:  # with time left for the last look
+                progress = (seconds + state["look_seconds"]) / (60 * args.minutes)
+            if progress >= 1:
+                break
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
+            rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
+            x, captions = world.batch(rows)
+            streams = [  # one list of captions for each encoder; the first one may lose more of them
+                [NULL_PROMPT if d < share else c for c, d in zip(captions, drop.tolist(), strict=True)]
+                for share in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
+            ]
+            prompt = prompts.batch(*streams, whole=True)
+            x, t, noise, *prompt = (v.to(device, non_blocking=True) for v in (x, t, noise, *prompt))
+            with autocast(device, precision):
+                loss = flow_loss(model, x, t, noise, prompt).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            update_ema(ema, model, steps_before + step, args.ema)
+            losses.append(loss.detach() + 0 * norm)  # not a number if the gradient is not finite
+            step += 1
+            state["step"], state["lr"] = step, group["lr"]
+            bar.update()
+            if step % LOG_EVERY == 0:
+                check()
+                mean, now = torch.stack(losses).mean().item(), time.perf_counter()
+                speed = (step - logged[0]) * args.batch / (now - logged[1])
+                logged = step, now
+                losses.clear()
+                flops = state["flops_before"] + step * step_flops
+                record(loss=mean, lr=group["lr"], flops=flops, seconds=now - begun, samples_per_second=speed)
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} clips/s")
+            if step % args.every == 0:
+                look()
+                looked, logged = step, (step, time.perf_counter())
+        if looked != state["step"] and not stops:
             look()
-            looked = step
-            losses, logged = [], time.perf_counter()  # a resumed run starts here with none
-    if looked != state["step"]:
-        look()
-    bar.close()
+    if stops:
+        save()
+        print(f"{run}: stopped and saved at step {state['step']} of {args.steps}; --resume goes on from it")
+        sys.exit(0)
     last = next(r for r in reversed(records) if "val_loss" in r)
     names = {"val_loss": "validation loss", "old_val_loss": "on what the base had learned"}
     losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
@@ -335,115 +372,21 @@ def train(args, started=None, read=Prompts):
     return run
 
 
-# --------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parse_arguments(argv=None):
-    """The command line -> its arguments, with all that depends on others filled in."""
-    parser = argparse.ArgumentParser(
-        description="Train a text-to-video model on the toy world, or grow a trained one and go on. "
-        "In brackets: what holds when an option is not given."
-    )
-
-    def fail(message):  # as every other error: one line, without the usage
-        raise ValueError(f"{message}; see `python train.py --help`")
-
-    parser.error = fail
-    add = parser.add_argument_group("what to train").add_argument
-    add("--preset", choices=PRESETS, help="size of a new model, see `python dit.py` [tiny]")
-    add("--frames", type=int, help="frames of a clip [as the preset or the base]")
-    add("--size", type=int, help="pixels per side of a clip [as the preset or the base]")
-    add("--depth", type=int, help="blocks of a new model [as the preset]")
-    add("--data", choices=("basic", "rich", "both"), help="set of clips [basic; rich if going on]")
-    add("--captions", choices=("short", "detailed", "both"), help="[short, detailed or both, as the data]")
-    add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five [train]")
-    add("--clips", type=int, help="clips in the training set [16384 of basic; 4096, whose captions are long]")
-    add("--text", help="text encoder: minilm, a directory or a Hub id [that of the base; minilm]")
-    add = parser.add_argument_group("going on from a run, the base (grow.py grows in more ways)").add_argument
-    add("--from", dest="base", help="run or checkpoint to go on from [runs/base if growing, else none]")
-    add("--grow", metavar="HOW", help="depth (silent copies), width, mlp, llm, or several: depth,llm [off]")
-    add("--add", type=int, help="for depth: how many blocks [as many as there are, which doubles the depth]")
-    add("--where", choices=("insert", "prefix", "suffix"), help="for depth: where they go [insert]")
-    add("--zero", choices=ZEROS, help="for depth: what is zeroed in the copies [gate]")
-    add("--llm", default="smollm2", help="LLM for --grow llm: smollm2, a directory or a Hub id [smollm2]")
-    add("--llm-features", default="mean", choices=LAYERS, help="which of its layers [mean, that of all]")
-    add("--refiner", type=int, default=0, help="blocks in which its features look at each other [0]")
-    add(
-        "--drop-text", type=float, help=f"share of captions that only the LLM gets to read, if any [{HIDDEN}]"
-    )
-    add("--tune", choices=TUNE, help="train all, what is new, or adapters beside frozen weights [all]")
-    add("--rank", type=int, default=8, help="of the adapters for --tune lora [8]")
-    add = parser.add_argument_group("how long and how").add_argument
-    add("--steps", type=int, help="optimiser steps [6000; 1200 if going on]")
-    add("--minutes", type=float, help="end by the clock instead, with the full learning-rate decay [off]")
-    add("--flops", type=float, help="end when as many have been spent, those of the base included [off]")
-    add("--batch", type=int, help="clips per step [32]")
-    add("--lr", type=float, help="peak learning rate [3e-3 at width 128, less with the root of the width]")
-    add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak [100]")
-    add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none [0.3]")
-    add("--ema", type=float, default=0.998, help="decay of the averaged weights [0.998]")
-    add("--seed", type=int, default=0, help="of weights, batches and noise [0]")
-    add("--every", type=int, help="steps between samples, validation and checkpoint [1500]")
-    add("--quick", action="store_true", help="see that everything works: seconds, nothing learned [off]")
-    add = parser.add_argument_group("run and machine").add_argument
-    add("--out", help="run directory [runs/base; runs/BASE-depth, -width, -lora, -more if going on]")
-    add("--resume", action="store_true", help="go on with the run in --out, with the arguments it had [off]")
-    add("--device", default="auto", help="auto, cpu or cuda [auto: a GPU if there is one]")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="[auto: bf16 where it is fast]")
-    compiling = argparse.BooleanOptionalAction
-    add("--compile", action=compiling, help="torch.compile [on, if there is a C++ compiler]")
-    args = parser.parse_args(argv)
-    base = args.base or ("runs/base" if args.grow else None)
-    names = [part for part in Path(base or "").parts if part != "checkpoint"]
-    suffix = args.grow.replace(",", "-") if args.grow else "lora" if args.tune == "lora" else "more"
-    args.out = args.out or (f"runs/{names[-1]}-{suffix}" if names else "runs/base")
-    if args.resume:
-        if not (saved := Path(args.out) / "args.json").is_file():
-            raise FileNotFoundError(f"there is no run to resume in {args.out}")
-        before = json.loads(saved.read_text()) | {"out": args.out, "resume": True}
-        args = parser.parse_args(argv, argparse.Namespace(**before))
-        free = {"steps", "minutes", "flops", "every", "device", "precision", "compile"}
-        changed = [name for name, v in before.items() if vars(args)[name] != v and name not in free]
-        if changed:
-            raise ValueError(f"--resume goes on with the arguments the run had: leave out --{changed[0]}")
-    for operator in args.grow.split(",") if args.grow else ():
-        if operator not in ("depth", "width", "mlp", "llm"):
-            raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
-    for option in ("add", "where", "zero"):
-        if getattr(args, option) is not None and "depth" not in (args.grow or "").split(","):
-            raise ValueError(f"--{option} is for --grow depth, which is not given")
-    if args.flops and (args.steps or args.minutes) and not args.resume:
-        raise ValueError("--flops says how long to train; leave out --steps and --minutes")
-    if args.depth and base:
-        raise ValueError("--depth is for a new model; --grow depth adds blocks to a trained one")
-    if args.refiner < 0 or (args.refiner and "llm" not in (args.grow or "").split(",")):
-        raise ValueError("--refiner counts blocks of what --grow llm makes, and is nothing without it")
-    data = args.data or ("rich" if base else "basic")
-    usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
-    usual["captions"] = {"basic": "short", "rich": "detailed", "both": "both"}[data]
-    usual["clips"] = 16384 if data == "basic" else 4096
-    usual |= {"steps": 1200 if base else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
-    if args.quick:
-        usual |= {"preset": "nano", "clips": 256, "batch": 8, "every": 10, "steps": 20, "compile": False}
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    numbers = "clips steps batch warmup every lr minutes flops add rank frames size depth"
-    for name in numbers.split():
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be more than zero")
-    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999)):
-        if not 0 <= (value := getattr(args, name) or 0) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
-    return args
+def out_of_memory(error) -> bool:
+    """Whether an error says that memory ran out, on the GPU or the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":
     try:
         train(parse_arguments(), START)
     except KeyboardInterrupt:
-        sys.exit("stopped; the last checkpoint is kept, and --resume goes on from it")
-    except (ValueError, OSError) as error:  # whatever a user can mend
+        print("stopped; what was saved before is kept", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # whatever a user can mend
+        if out_of_memory(error):
+            error = "out of memory: lower --batch, or take a smaller --preset, --size or --frames"
+        elif not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
