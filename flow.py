@@ -35,13 +35,13 @@ def time_of(normal):
 @torch.no_grad()
 def validation_loss(model, world, prompts, precision=None):
     """The loss on every clip of `world` at fixed noise and at times drawn as in training -> (T_BINS,),
-    means over equally likely slices of the times: which part of the way from noise to clip is hard.
-    `precision` is the autocast type, None for float32."""
+    means over equally likely slices of the times: which part of the way from noise to clip is hard. Of few
+    clips each is taken several times. `precision` is the autocast type, None for float32."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for rows in torch.arange(len(world)).split(64):
-        x, captions = world.batch(rows)
+    for rows in torch.arange(max(len(world), 8 * T_BINS)).split(64):
+        x, captions = world.batch(rows % len(world))
         t = time_of(
             torch.special.ndtri((rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS)
         )

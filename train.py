@@ -307,9 +307,9 @@ def train_alone(args, started, read):
         if args.base and history != (base := load_model(args.base))[1]["history"]:
             before = Prompts(texts, base[1], base[0].config.llm_dim)
             both = (base[0].to(device), before), (ema, prompts)
-            losses = [validation_loss(m, held_out["val_loss"], p).mean().item() for m, p in both]
-            print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *losses))
-            record(loss_before_growth=losses[0], loss_after_growth=losses[1])
+            sides = [validation_loss(m, held_out["val_loss"], p).mean().item() for m, p in both]
+            print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *sides))
+            record(loss_before_growth=sides[0], loss_after_growth=sides[1])
         look()
 
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
