@@ -292,8 +292,8 @@ class Folder:
                 f" {max_bad:g}; the first: {': '.join(self.problems[0])[:300]}; see `python data.py --check`"
             )
         if not entries:
-            endings = " ".join((*video.VIDEOS, *video.PICTURES))
-            raise ValueError(f"there are no clips in {root}: no file that ends in one of {endings}")
+            endings = " ".join(video.VIDEOS)
+            raise ValueError(f"there are no clips in {root}: no video ({endings}) and no folder of pictures")
         self.notes = {}
         for name, entry in entries.items():
             for note in entry["notes"]:
