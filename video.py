@@ -101,7 +101,7 @@ def shrink(frame, size):
         check_side(frame.width, frame.height)
         clear = any(component.is_alpha for component in frame.format.components)
         turn = frame.rotation
-        frame = Image.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24"))
+        frame = Image.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24", threads=1))
     else:
         frame = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
     left, top = ((side - min(frame.size)) / 2 for side in frame.size)
