@@ -265,7 +265,7 @@ class Cache:
 
 
 class Folder:
-    """The clips of a folder with captions, as `ToyWorld` has them: `part` is "train" or "validation".
+    """The clips of a folder with captions, as `ToyWorld` has them: `part` is "train", "validation" or "all".
     `detail` says which caption: "short", "detailed" or "both", in turn; of more than `count` clips as many
     are chosen, evenly. `problems` lists what was skipped, (what, why), `notes` what else there is to say,
     {what: files}. Raises ValueError or OSError in one line."""
@@ -298,7 +298,7 @@ class Folder:
         for name, entry in entries.items():
             for note in entry["notes"]:
                 self.notes.setdefault(note, []).append(name)
-        chosen = [name for name in entries if in_validation(name) == (part == "validation")]
+        chosen = [n for n in entries if part == "all" or in_validation(n) == (part == "validation")]
         if len(chosen) in (0, len(entries)):
             chosen = list(entries)
         clips = []  # (number in the cache, caption, name)
@@ -334,7 +334,7 @@ class Folder:
             f"{len(every)} files, {sum(e['clips'] for e in every)} clips of {self.videos.shape[2]} frames",
             f"{sum(seconds):.1f} s in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s a file",
             "sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)),
-            f"captions: {len(set(self.captions))} different ones, of {words:g} words (median)",
+            f"captions: {len(set(self.captions))} different, of {words:g} words (median)",
             f"for validation: {apart if 0 < apart < len(every) else 'all, since they are so few'}",
         ]
         for note, names in self.notes.items():
@@ -345,12 +345,12 @@ class Folder:
 def check(root, out: Path, frames, size, fps):
     """Say what is in a folder and what is wrong with it, and draw some of it: preview-NAME.png and .gif in
     `out`."""
-    found = Folder(root, frames=frames, size=size, fps=fps, max_bad=1)
+    found = Folder(root, "all", frames, size, fps=fps, max_bad=1)
     print(found.report())
     rows = torch.linspace(0, len(found) - 1, min(len(found), 32)).long()
     videos = found.videos[found.rows[rows]].permute(0, 2, 3, 4, 1).numpy()
     out.mkdir(parents=True, exist_ok=True)
     for end in ("png", "gif"):
         path = out / f"preview-{Path(root).resolve().name}.{end}"
-        save_grid(path, videos, [found.captions[i] for i in rows])
+        save_grid(path, videos, [found.captions[i] for i in rows], min(len(rows), 8))
         print(path)

@@ -23,6 +23,7 @@ How a scene becomes pixels is another file, draw.py; real clips from a folder ar
 """
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -306,6 +307,16 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
 # Data sets
 
 
+@functools.lru_cache(maxsize=6)
+def rendered(which, count, seed, frames, size):
+    """The clips of `make_scenes(which, count, seed)`, uint8 (count, 3, frames, size, size). The runs of a
+    study are of one process and draw the same ones, so the last few sets are kept."""
+    scenes = make_scenes(which, count, seed)
+    chunks = [scenes[i : i + 128] for i in range(0, count, 128)]
+    bar = tqdm(chunks, "rendering clips", unit_scale=128, disable=count < 500)
+    return torch.cat([render(chunk, frames, size) for chunk in bar])
+
+
 class ToyWorld:
     """`count` clips of set `which` with captions, the same for the same seed. Captions are of one `detail`,
     or of "both", short and detailed in turn.
@@ -324,15 +335,8 @@ class ToyWorld:
         self.captions = [  # i // 2, since sets alternate too
             caption(scene, details[i // 2 % len(details)], words, omit) for i, scene in enumerate(self.scenes)
         ]
-        self.frames, self.size, self.videos = frames, size, None
-        if cache:
-            chunks = [self.scenes[i : i + 128] for i in range(0, count, 128)]
-            self.videos = torch.cat(
-                [
-                    render(c, frames, size)
-                    for c in tqdm(chunks, "rendering clips", unit_scale=128, disable=count < 500)
-                ]
-            )
+        self.frames, self.size = frames, size
+        self.videos = rendered(which, count, seed, frames, size) if cache else None
 
     def __len__(self):
         return len(self.scenes)

@@ -370,6 +370,17 @@ def test_what_a_header_announces_is_not_believed(tmp_path):
         patch.setattr(video, "MOST_SIDE", 32)
         video.decode(tmp_path / "secret.mp4", 8, 32, 8)
 
+    large = bytearray(write_clip(tmp_path / "large.avi", toy_frames()).read_bytes())
+    sides = large.index(b"strf") + 12
+    for width, height, told in (
+        (100_000, 100_000, "0 x 0"),
+        (20_000, 64, "20000 x 64"),
+    ):  # FFmpeg has a limit too
+        large[sides : sides + 8] = struct.pack("<ii", width, height)
+        (tmp_path / "large.avi").write_bytes(large)
+        with pytest.raises(ValueError, match=f"{told} pixels; a side may have 1 to 8192"):
+            video.decode(tmp_path / "large.avi", 8, 32, 8)
+
     # A billion frames: in the table of times, and in that of sizes.
     good = (tmp_path / "secret.mp4").read_bytes()
     stts, stsz = good.index(b"stts") + 12, good.index(b"stsz") + 8
