@@ -95,10 +95,11 @@ def parse_arguments(argv=None):
         except (ValueError, TypeError):
             raise ValueError(f"{saved} is not what train.py has written: it is no JSON object") from None
         args = parser.parse_args(argv, argparse.Namespace(**before))
-        free = {"steps", "minutes", "flops", "every", "device", "precision", "compile"}
+        free = {"steps", "minutes", "flops", "every", "max_bad", "device", "precision", "compile"}
         changed = [name for name, v in before.items() if vars(args)[name] != v and name not in free]
         if changed:
-            raise ValueError(f"--resume goes on with the arguments the run had: leave out --{changed[0]}")
+            name = {"base": "from"}.get(changed[0], changed[0].replace("_", "-"))
+            raise ValueError(f"--resume goes on with the arguments the run had: leave out --{name}")
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp", "llm"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
@@ -116,7 +117,8 @@ def parse_arguments(argv=None):
         raise ValueError(
             f"--data {data!r} is neither a set of the toy world ({', '.join(SETS)}) nor a folder"
         )
-    usual = {"preset": "tiny", "data": data, "batch": 32, "every": 1500, "base": base}
+    args.data = data if data in SETS else str(Path(data))  # without a slash at its end
+    usual = {"preset": "tiny", "batch": 32, "every": 1500, "base": base}
     usual["captions"] = {"basic": "short", "both": "both"}.get(data, "detailed")
     usual["clips"] = {"basic": 16384, "rich": 4096, "both": 4096}.get(data)
     usual |= {"steps": 1200 if base else 6000, "compile": any(map(shutil.which, ("g++", "clang++")))}
@@ -132,10 +134,12 @@ def parse_arguments(argv=None):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    numbers = "clips steps batch warmup every lr minutes flops add rank frames size depth fps"
+    numbers = "clips steps batch warmup every lr minutes flops add rank frames size depth"
     for name in numbers.split():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")
+    if args.fps and not 0.01 <= args.fps <= 1000:
+        raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
     for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
         if not 0 <= (value := getattr(args, name) or 0) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")

@@ -115,8 +115,8 @@ def check_header(header):
     they would understand: a file may come from anywhere."""
     for name in ("flops", "fps"):
         check_number(header[name], name)
-    if not header["fps"]:
-        raise ValueError("fps is 0")
+    if not 0.01 <= header["fps"] <= 1000:
+        raise ValueError(f"fps is {header['fps']}")
     for name in ("text_encoder", "llm", "llm_features"):
         if not isinstance(header.get(name, ""), str):
             raise ValueError(f"{name} is no text")
@@ -124,7 +124,8 @@ def check_header(header):
         raise ValueError("new is no list of names")
     for event in header["history"]:
         if "grow" not in event:
-            check_number(event["steps"], "steps")
+            if type(event["steps"]) is not int or not 0 <= event["steps"] < 2**40:
+                raise ValueError(f"steps is {str(event['steps'])[:80]}")
             if not isinstance(event["train"], str) or not isinstance(event["captions"], str):
                 raise ValueError("what was trained on has no name")
     tree(header["history"])
@@ -151,7 +152,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint):
     new.mkdir(parents=True)
     try:
         write_checkpoint(new, checkpoint)
-    except SafetensorError as error:  # which hides an OSError
+    except (SafetensorError, OSError) as error:  # the first hides an OSError
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{directory} could not be written: {error}") from None
     if directory.exists():
@@ -192,12 +193,17 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         moments = {name: entry for name, entry in parameters.items() if entry}
         for name, entry in moments.items():
             shape = model.get_parameter(name).shape
-            if (entry["step"].shape, entry["exp_avg"].shape, entry["exp_avg_sq"].shape) != ((), shape, shape):
-                raise ValueError(f"the moments of {name} have another shape")
+            kinds = [(entry[kind].shape, entry[kind].dtype) for kind in ("step", "exp_avg", "exp_avg_sq")]
+            if kinds != [(s, torch.float32) for s in ((), shape, shape)]:
+                raise ValueError(f"the moments of {name} have another shape or type")
         state = json.loads(file.with_suffix(".json").read_text())
         for name in ("step", "seconds", "look_seconds", "flops_before", "lr_before", "lr", "peak_at_128"):
             check_number(state[name], name)
-        if type(state["step"]) is not int or not all(type(loss) is float for loss in state.get("losses", ())):
+        if (
+            type(state["step"]) is not int
+            or state["step"] >= 2**40
+            or not all(type(loss) is float for loss in state.get("losses", ()))
+        ):
             raise ValueError("step or losses are no numbers")
     except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]

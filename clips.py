@@ -12,8 +12,8 @@ caption; a "text_short" beside it serves `--captions short`. Metadata may only n
 folder has found, so no path in it, absolute, upward or through a link, leads out.
 
 **Cache.** Every file is decoded once (video.py), in as many child processes as there are cores. Its clips are
-appended to a file of bytes, and then a line about it to a manifest: a run that is killed has lost the last
-`COMMIT` files at most, since what no line tells of is cut off and decoded again. A file counts as the same
+appended to a file of bytes, and then a line about it to a manifest, `COMMIT` files at a time: what no line
+tells of, after a kill, is cut off and decoded again. A file counts as the same
 while its size and time stay; folder, shape, rate and code have a cache each. The bytes are mapped into memory
 and not read: training takes what it needs, and what it takes again comes from the system's cache.
 
@@ -33,7 +33,7 @@ import json
 import os
 import statistics
 import threading
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,30 +58,31 @@ CODE = Path(video.__file__).read_text("utf-8")  # other code may make other clip
 
 
 def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The video files and folders of pictures below `root`, as paths from there, in order; and problems,
-    (what, why). Hidden ones, those in folders of pictures, and links to folders are passed over."""
+    """The videos and folders of pictures below `root`, as paths from there, in order; and problems, (what,
+    why). A folder of pictures has neither videos nor folders in it. Hidden ones and links to folders are
+    passed over."""
     found, problems = [], []
     inside = root.resolve()
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(
+        root, onerror=lambda error: problems.append((error.filename, error.strerror))
+    ):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(folder)
         names = [name for name in sorted(files) if not name.startswith(".")]
         clips = [name for name in names if name.lower().endswith(video.VIDEOS)]
-        if not clips and here != root and any(n.lower().endswith(video.PICTURES) for n in names):
-            clips, folders[:] = [""], []
+        pictures = any(name.lower().endswith(video.PICTURES) for name in names)
+        if pictures and not clips and not folders and here != root:
+            clips = [""]
         for name in clips:
             path = here / name
-            if inside not in path.resolve().parents:
-                problems.append((relative(path, root), "it is a link out of the folder"))
-            elif not (path.is_file() or path.is_dir()):
-                problems.append((relative(path, root), "it is not a file"))
+            shown = path.relative_to(root).as_posix()
+            if not (path.is_file() or path.is_dir()):  # a link to nothing or to itself, a pipe, ...
+                problems.append((shown, "it is not a file"))
+            elif inside not in path.resolve().parents:
+                problems.append((shown, "it is a link out of the folder"))
             else:
-                found.append(relative(path, root))
+                found.append(shown)
     return found, problems
-
-
-def relative(path, root) -> str:
-    return path.relative_to(root).as_posix()
 
 
 def clean(text: str) -> str:
@@ -89,8 +90,14 @@ def clean(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())[:MOST_CAPTION]
 
 
+def printable(text: str) -> str:
+    """A name or a reason as it may be printed: in one line, whatever bytes a file is called."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def read_lines(path: Path, problems: list):
-    """(number, text) of each line of a text file that is one: not too long, and UTF-8."""
+    """(number, text) of each line of a text file; an empty text for one that is too long, or not UTF-8."""
     with path.open("rb") as file:
         number, first = 0, b"\xef\xbb\xbf"
         while line := file.readline(MOST_LINE):
@@ -99,11 +106,13 @@ def read_lines(path: Path, problems: list):
                 problems.append((f"{path.name}, line {number}", f"it is longer than {MOST_LINE} bytes"))
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MOST_LINE)
-                continue
+                line = b"\n"
             try:
-                yield number, line.removeprefix(first if number == 1 else b"").decode("utf-8")
+                text = line.removeprefix(first if number == 1 else b"").decode("utf-8")
             except UnicodeDecodeError:
                 problems.append((f"{path.name}, line {number}", "it is not UTF-8"))
+                text = "\n"
+            yield number, text
 
 
 def read_rows(path: Path, problems: list):
@@ -132,6 +141,9 @@ def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, st
     """{file: (caption, short caption)} of those in `found` that metadata tells of; and problems."""
     captions, problems, known = {}, [], set(found)
     for path in (root / "metadata.jsonl", root / "metadata.csv"):
+        if path.is_symlink():
+            problems.append((path.name, "it is a link"))
+            continue
         for number, row in read_rows(path, problems) if path.is_file() else ():
             text = row.get("text") or row.get("caption")
             name, short = row.get("file_name"), row.get("text_short") or text
@@ -152,12 +164,13 @@ def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, st
 
 def caption_of(root: Path, name: str) -> str:
     """The caption of a clip that no metadata tells of: the text beside it, else the name of its folder."""
-    beside = (root / name).with_suffix(".txt")
-    if beside.is_file() and root.resolve() in beside.resolve().parents:
+    clip = root / name
+    beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
+    if beside.is_file() and not beside.is_symlink():
         with beside.open("rb") as file:
             if text := clean(file.read(MOST_LINE).decode("utf-8", "replace")):
                 return text
-    folder = (root / name).resolve().parent.name
+    folder = clip.resolve().parent.name
     return clean(folder.replace("_", " ").replace("-", " ")) or "a video"
 
 
@@ -189,35 +202,45 @@ class Cache:
         self.clips = 0
         self.entries = {}  # file -> what the manifest says
 
-    def read_manifest(self) -> int:
-        """Take up the lines of the manifest, up to one that was cut off -> the bytes of those taken."""
+    def pixels(self) -> torch.Tensor:
+        """All clips, uint8 (n, 3, frames, size, size), mapped into memory: read when they are looked at."""
+        frames, size, _ = self.shape
+        shape = (self.clips, 3, frames, size, size)
+        return torch.from_numpy(np.memmap(self.path / "clips.bin", np.uint8, "c", shape=shape))
+
+    def read_manifest(self, room: int) -> int:
+        """Take up the lines of the manifest, up to one that was cut off or tells of more than `room` clips ->
+        the bytes of those taken."""
         path, kept = self.path / "manifest.jsonl", 0
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                end = entry["first"] + entry["clips"]
+            except (ValueError, TypeError, KeyError):
+                break
+            if end > room:
                 break
             self.entries[entry["file"]] = entry  # a later line is of a file that has changed
-            self.clips, kept = entry["first"] + entry["clips"], kept + len(line)
+            self.clips, kept = end, kept + len(line)
         return kept
 
     def fill(self, names: list[str]) -> dict[str, str]:
-        """Decode those of `names` that are not there, or have changed -> {file: why it is not there}, of
-        files that broke the decoder; they are tried again another time. Another process that fills it is
-        waited for."""
+        """Decode those of `names` that are not there, or have changed -> {file: why it is not there}; those
+        are tried again another time, since the reason may be gone. Another process that fills it is waited
+        for."""
         with (
             filelock.FileLock(self.path / "lock"),
             (self.path / "clips.bin").open("ab") as pixels,
             (self.path / "manifest.jsonl").open("ab") as lines,
         ):
-            lines.truncate(self.read_manifest())
+            lines.truncate(self.read_manifest(pixels.tell() // self.each))
             pixels.truncate(self.clips * self.each)
             stamps = {name: stamp(self.root / name) for name in names}
             new = [n for n in names if n not in self.entries or self.entries[n]["stamp"] != stamps[n]]
             return self.decode(new, stamps, pixels, lines)
 
     def decode(self, names, stamps, pixels, lines) -> dict[str, str]:
-        """Decode files, in order, and append them."""
+        """Decode files, and append them in this order."""
         mine, decoders, failed, pending = threading.local(), [], {}, []
 
         def work(name):
@@ -225,9 +248,9 @@ class Cache:
                 mine.decoder = video.Decoder()
                 decoders.append(mine.decoder)
             try:
-                return *mine.decoder(self.root / name, *self.shape), None
+                return *mine.decoder(self.root / name, *self.shape), ""
             except (ValueError, RuntimeError) as error:
-                return np.empty((0,), np.uint8), {}, error
+                return None, None, str(error)
 
         def commit():
             for file, text in ((pixels, ""), (lines, "".join(json.dumps(e) + "\n" for e in pending))):
@@ -237,26 +260,29 @@ class Cache:
             self.entries |= {entry["file"]: entry for entry in pending}
             pending.clear()
 
-        pool = ThreadPoolExecutor(os.cpu_count())
+        workers = min(torch.get_num_threads(), 8)
+        pool, ahead = ThreadPoolExecutor(workers), deque()
         try:
-            bar = tqdm(names, "decoding clips", unit="file", disable=len(names) < 50)
-            for name, (clips, about, error) in zip(bar, pool.map(work, names), strict=True):
-                if isinstance(error, RuntimeError):
-                    failed[name] = str(error)
+            bar = tqdm(total=len(names), desc="decoding clips", unit="file", disable=len(names) < 50)
+            for name in [*names, *[None] * 2 * workers]:  # a few at a time: what is done waits in memory
+                ahead.append((name, name and pool.submit(work, name)))
+                if len(ahead) <= 2 * workers or (done := ahead.popleft())[0] is None:
                     continue
-                entry = {
-                    "file": name,
-                    "stamp": stamps[name],
-                    "first": self.clips,
-                    "clips": len(clips),
-                    **about,
-                }
-                pending.append(entry | ({"bad": str(error)} if error else {}))
+                name, (clips, about, fault) = done[0], done[1].result()
+                bar.update()
+                if fault:
+                    failed[name] = fault
+                    continue
+                pending.append(
+                    {"file": name, "stamp": stamps[name], "first": self.clips, "clips": len(clips)}
+                )
+                pending[-1] |= about
                 pixels.write(clips.tobytes())
                 self.clips += len(clips)
                 if len(pending) == COMMIT:
                     commit()
             commit()
+            bar.close()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for decoder in decoders:
@@ -264,28 +290,38 @@ class Cache:
         return failed
 
 
+# --------------------------------------------------------------------------------------------------------
+# The data set
+
+
+def scan(root: Path, frames: int, size: int, fps: float):
+    """All that there is to know of a folder -> its cache; {file: what the cache says of it}; {file: (caption,
+    short caption)}; and what is wrong, [(what, why)]. Raises FileNotFoundError, OSError or ValueError."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    if min(frames, size) < 1 or not 0.01 <= fps <= 1000:
+        raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
+    found, problems = find_clips(root)
+    told, wrong = read_metadata(root, found)
+    cache = Cache(root, frames, size, fps)
+    failed = cache.fill(found)
+    problems += [*wrong, *failed.items()]
+    entries = {name: cache.entries[name] for name in found if name not in failed}
+    captions = {name: told.get(name) or (caption_of(root, name),) * 2 for name in entries}
+    return cache, entries, captions, [(printable(what), printable(why)) for what, why in problems]
+
+
 class Folder:
-    """The clips of a folder with captions, as `ToyWorld` has them: `part` is "train", "validation" or "all".
+    """The clips of a folder with captions, as `ToyWorld` has them: `part` is "train" or "validation".
     `detail` says which caption: "short", "detailed" or "both", in turn; of more than `count` clips as many
-    are chosen, evenly. `problems` lists what was skipped, (what, why), `notes` what else there is to say,
-    {what: files}. Raises ValueError or OSError in one line."""
+    are chosen, evenly. `problems` lists what was skipped, (what, why). Raises ValueError or OSError in one
+    line."""
 
     def __init__(
         self, root, part="train", frames=8, size=32, detail="detailed", fps=FPS, max_bad=MAX_BAD, count=None
     ):
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f"there is no folder {root}")
-        found, self.problems = find_clips(root)
-        told, problems = read_metadata(root, found)
-        self.problems += problems
-        cache = Cache(root, frames, size, fps)
-        failed = cache.fill(found)
-        entries = {name: cache.entries[name] for name in found if name not in failed}
-        self.problems += failed.items()
-        self.problems += [(name, entry["bad"]) for name, entry in entries.items() if "bad" in entry]
-        entries = {name: entry for name, entry in entries.items() if "bad" not in entry}
-        self.entries, bad = entries, len(self.problems)
+        cache, entries, captions, self.problems = scan(Path(root), frames, size, fps)
+        bad = len(self.problems)
         if bad and (not entries or bad > max_bad * (bad + len(entries))):
             raise ValueError(
                 f"{bad} of {bad + len(entries)} files and lines of {root} are bad, more than --max-bad"
@@ -294,26 +330,17 @@ class Folder:
         if not entries:
             endings = " ".join(video.VIDEOS)
             raise ValueError(f"there are no clips in {root}: no video ({endings}) and no folder of pictures")
-        self.notes = {}
-        for name, entry in entries.items():
-            for note in entry["notes"]:
-                self.notes.setdefault(note, []).append(name)
-        chosen = [n for n in entries if part == "all" or in_validation(n) == (part == "validation")]
+        chosen = [name for name in entries if in_validation(name) == (part == "validation")]
         if len(chosen) in (0, len(entries)):
             chosen = list(entries)
-        clips = []  # (number in the cache, caption, name)
-        for name in chosen:
-            text, short = told.get(name) or (caption_of(root, name),) * 2
-            for i in range(entries[name]["clips"]):
-                brief = detail == "short" or (detail == "both" and len(clips) % 2 == 0)
-                clip = f"{name}, clip {i + 1}"
-                clips.append((entries[name]["first"] + i, short if brief else text, clip))
+        clips = [(name, i) for name in chosen for i in range(entries[name]["clips"])]
         if count and count < len(clips):
             clips = [clips[i * len(clips) // count] for i in range(count)]
-        rows, self.captions, self.names = map(list, zip(*clips, strict=True))
-        self.rows = torch.tensor(rows)
-        pixels = np.memmap(cache.path / "clips.bin", np.uint8, "c", shape=(cache.clips, cache.each))
-        self.videos = torch.from_numpy(pixels).view(-1, 3, frames, size, size)
+        brief = {"detailed": (0, 0), "short": (1, 1), "both": (1, 0)}[detail]
+        self.captions = [captions[name][brief[i % 2]] for i, (name, _) in enumerate(clips)]
+        self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
+        self.rows = torch.tensor([entries[name]["first"] + i for name, i in clips])
+        self.videos = cache.pixels()
 
     def __len__(self):
         return len(self.rows)
@@ -323,34 +350,35 @@ class Folder:
         videos = self.videos[self.rows[torch.as_tensor(rows)]]
         return videos.float() / 127.5 - 1, [self.captions[int(i)] for i in rows]
 
-    def report(self) -> str:
-        """What was found, in words: for people."""
-        every = self.entries.values()
-        seconds = sorted(entry["seconds"] for entry in every)
-        sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in every)
-        words = statistics.median(len(text.split()) for text in self.captions)
-        apart = sum(map(in_validation, self.entries))
-        lines = [
-            f"{len(every)} files, {sum(e['clips'] for e in every)} clips of {self.videos.shape[2]} frames",
-            f"{sum(seconds):.1f} s in all, {seconds[0]:.2f} to {seconds[-1]:.2f} s a file",
-            "sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)),
-            f"captions: {len(set(self.captions))} different, of {words:g} words (median)",
-            f"for validation: {apart if 0 < apart < len(every) else 'all, since they are so few'}",
-        ]
-        for note, names in self.notes.items():
-            lines.append(f"note: {note}: {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1))
-        return "\n".join(lines + [f"skipped: {what}: {why}" for what, why in self.problems])
-
 
 def check(root, out: Path, frames, size, fps):
-    """Say what is in a folder and what is wrong with it, and draw some of it: preview-NAME.png and .gif in
+    """Print what is in a folder and what is wrong with it, and draw some of it: preview-NAME.png and .gif in
     `out`."""
-    found = Folder(root, "all", frames, size, fps=fps, max_bad=1)
-    print(found.report())
-    rows = torch.linspace(0, len(found) - 1, min(len(found), 32)).long()
-    videos = found.videos[found.rows[rows]].permute(0, 2, 3, 4, 1).numpy()
-    out.mkdir(parents=True, exist_ok=True)
-    for end in ("png", "gif"):
-        path = out / f"preview-{Path(root).resolve().name}.{end}"
-        save_grid(path, videos, [found.captions[i] for i in rows], min(len(rows), 8))
-        print(path)
+    cache, entries, captions, problems = scan(Path(root), frames, size, fps)
+    every, notes = entries.values(), {}
+    print(f"{len(every)} files, {sum(e['clips'] for e in every)} clips of {frames} frames")
+    if entries:
+        seconds = sorted(entry["seconds"] for entry in every)
+        print(f"{sum(seconds):.1f} s are used, {seconds[0]:.2f} to {seconds[-1]:.2f} s of a file")
+        sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in every)
+        print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
+        texts = [text for text, _ in captions.values()]
+        words = statistics.median(len(text.split()) for text in texts)
+        print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
+        apart = sum(map(in_validation, entries))
+        print(f"for validation: {apart if 0 < apart < len(every) else 'all, since they are so few'}")
+    for name, entry in entries.items():
+        for note in entry["notes"]:
+            notes.setdefault(note, []).append(printable(name))
+    for note, names in notes.items():
+        print(f"note: {note}: {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1))
+    for what, why in problems:
+        print(f"skipped: {what}: {why}")
+    if entries:
+        shown = [list(entries)[i * len(entries) // 32] for i in range(32)] if len(entries) > 32 else entries
+        videos = cache.pixels()[[entries[name]["first"] for name in shown]].permute(0, 2, 3, 4, 1).numpy()
+        out.mkdir(parents=True, exist_ok=True)
+        for end in ("png", "gif"):
+            path = out / f"preview-{Path(root).resolve().name}.{end}"
+            save_grid(path, videos, [captions[name][0] for name in shown], min(len(videos), 8))
+            print(path)

@@ -400,6 +400,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:  # whatever a user can mend
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

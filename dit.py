@@ -58,6 +58,8 @@ def check_shape(config: "DiTConfig", frames: int, size: int):
     for name, value, patch in (("frames", frames, config.patch_time), ("size", size, config.patch_size)):
         if value < 1 or value % patch:
             raise ValueError(f"{name} is {value}; this model needs a positive multiple of {patch}")
+    if frames * size**2 > 2**28:
+        raise ValueError(f"{frames} frames of {size} x {size} are more pixels than a clip may have, {2**28}")
 
 
 @dataclass(frozen=True)

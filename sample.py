@@ -149,6 +149,12 @@ def pick_precision(name, device):
     return torch.bfloat16 if name == "bf16" else None
 
 
+def out_of_memory(error) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    said = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def autocast(device, precision):
     """The context in which a model runs: matrix products in `precision`, or all in float32 if that is
     None."""
@@ -272,6 +278,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # whatever a user can mend
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # whatever a user can mend
+        if out_of_memory(error):
+            error = "out of memory: lower --num, --size or --frames"
+        elif not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

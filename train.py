@@ -28,6 +28,7 @@ Differences from big trainers: one process, no configuration files, no logger bu
 """
 
 import copy
+import hashlib
 import json
 import math
 import signal
@@ -58,11 +59,11 @@ from dit import PRESETS, DiT, count_flops
 from draw import FPS, save_grid
 from flow import T_BINS, flow_loss, time_of, validation_loss
 from grow import grow_state
-from sample import autocast, pick_device, pick_precision, solve, to_uint8
+from sample import autocast, out_of_memory, pick_device, pick_precision, solve, to_uint8
 from text_encoder import NULL_PROMPT, Prompts, encode
 
 START = time.perf_counter()  # of the process: --minutes means minutes
-DIVERGED = "lower --lr; the last checkpoint is kept"
+DIVERGED = "the last checkpoint is kept; a new run, or one --from it, needs a lower --lr"
 DROP = 0.1  # share of captions replaced by the null prompt, for guidance
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 
@@ -199,13 +200,21 @@ def train_alone(args, started, read):
         "val_loss": open_clips(args.data, "validation", few, *clip, args.captions, args.words, **folder)
     }
     old = [event for event in history if "train" in event][-1:]
-    if old and (old[0]["train"], old[0]["captions"]) != (args.data, args.captions):
-        try:
-            held_out["old_val_loss"] = open_clips(
-                old[0]["train"], "validation", few, *clip, old[0]["captions"], **folder
-            )
-        except FileNotFoundError as gone:
-            print(f"what is forgotten is not watched: {gone}")
+    known = (*SETS, args.data)  # a checkpoint may come from anywhere: no other folder is opened for its sake
+    if (
+        old
+        and old[0]["train"] in known
+        and (old[0]["train"], old[0]["captions"]) != (args.data, args.captions)
+    ):
+        held_out["old_val_loss"] = open_clips(
+            old[0]["train"], "validation", few, *clip, old[0]["captions"], **folder
+        )
+    clips = [[w.names, w.captions] for w in (world, *held_out.values())]
+    identity = hashlib.sha256(json.dumps(clips).encode()).hexdigest()
+    if args.resume and start.state.get("data", identity) != identity:
+        raise ValueError(
+            f"the clips in {args.data} are not those that {run} began with; go on with --from {run}"
+        )
     shown = list(PROMPTS) if args.data in SETS else list(dict.fromkeys(world.captions))[: len(PROMPTS)]
     texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *shown]
     prompts = read(texts, header, config.llm_dim)
@@ -240,7 +249,7 @@ def train_alone(args, started, read):
     else:
         rate = state.get("lr", 0.0)
         state = {"step": 0, "seconds": 0.0, "look_seconds": 0.0, "flops_before": header["flops"]}
-        state |= {"lr_before": rate, "lr": rate, "peak_at_128": peak_at_128}
+        state |= {"lr_before": rate, "lr": rate, "peak_at_128": peak_at_128, "data": identity}
     if args.flops:
         args.steps = round((args.flops - state["flops_before"]) / step_flops)
         if args.steps < 1:
@@ -370,11 +379,6 @@ def train_alone(args, started, read):
     losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
     print(f"{run}: {state['step']} steps, {state['seconds'] / 60:.1f} minutes{losses}")
     return run
-
-
-def out_of_memory(error) -> bool:
-    """Whether an error says that memory ran out, on the GPU or the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,17 @@ C. So sizes are checked before anything is decoded, only four container formats 
 than is used, and all of it happens in a child process with limited memory, which may crash or hang without
 harm: `Decoder` is that child as its parent sees it, and says what became of it.
 
-The child reads one line of JSON per file and answers with one, behind which come the pixels. While it works
-it sends an empty line each second; from one that is silent for `PATIENCE` seconds nothing more is expected.
+The child reads one line of JSON per file and answers with one, behind which come the pixels. When it is up,
+and then between frames once a second, it sends an empty line; one that is silent for `PATIENCE` seconds is
+killed, and should its parent be dead by then, it ends by its own alarm.
 
 Left out: sound, pixels that are not square, HDR, scene cuts (a clip may span one).
 """
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -51,7 +54,10 @@ def check_side(width, height):
 def read_video(path):
     """A video file -> (the time from which on it is shown, that at which it ends, picture) of each frame, in
     seconds. Raises ValueError or an error of FFmpeg."""
-    with av.open(str(path), options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
+    # "file:", since a name such as concat:a.mp4 would be taken for instructions
+    with av.open(
+        f"file:{path}", options={"format_whitelist": FORMATS}, metadata_errors="replace"
+    ) as container:
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
@@ -71,10 +77,13 @@ def read_video(path):
 
 
 def read_folder(path, fps):
-    """A folder of pictures, in the order of the numbers in their names -> as `read_video`, one frame each."""
+    """A folder of pictures, in the order of the numbers in their names -> as `read_video`, one frame each.
+    Raises ValueError for a picture that is a link out of the folder."""
     names = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
     by_number = [([int(n) for n in re.findall(r"\d{1,18}", f.stem)], f.name, f) for f in names]
     for i, (_, _, file) in enumerate(sorted(by_number)):
+        if not file.is_file() or file.resolve().parent != path.resolve():
+            raise ValueError(f"{file.name} is no file of this folder")
         with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as picture:
             check_side(*picture.size)
             yield i / fps, (i + 1) / fps, ImageOps.exif_transpose(picture)
@@ -140,10 +149,12 @@ def decode(path, frames, size, fps, alive=lambda: None):
     timed.close()
     if not seen:
         raise ValueError("there is no frame in it")
-    about["seconds"] = min(len(seen), most) / fps
     if len(seen) > most:
         about["notes"].append(f"only the first {most / fps:g} s are used")
         seen.pop()
+    elif len(seen) > frames and len(seen) % frames:
+        about["notes"].append("its end, which is less than a clip, is not used")
+    about["seconds"] = (len(seen) // frames * frames or len(seen)) / fps
     if len(seen) < frames:
         told = "one frame" if len(seen) == 1 else f"{len(seen)} frames"
         about["notes"].append(f"{told} at {fps:g} a second; the last one is repeated to make {frames}")
@@ -170,7 +181,7 @@ class Decoder:
             pipe = subprocess.PIPE
             self.child = subprocess.Popen(  # a session of its own: Ctrl-C is for the parent
                 [sys.executable, __file__], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip
         child, job = self.child, {"path": str(path), "frames": frames, "size": size, "fps": fps}
         answer = b"\n"
@@ -183,7 +194,9 @@ class Decoder:
                 answer = child.stdout.readline()
                 timer.cancel()
             about = json.loads(answer)
-            pixels = child.stdout.read(about.pop("bytes", 0))
+            pixels = child.stdout.read(size_of := about.pop("bytes", 0))
+            if len(pixels) < size_of:
+                raise ValueError("it broke off")
         except (OSError, ValueError):
             self.close()
             raise RuntimeError(f"the decoder broke down, or was silent for {PATIENCE} s") from None
@@ -208,7 +221,11 @@ def main():
     except (ImportError, ValueError, OSError):  # not on this system: the limits in the code remain
         pass
     av.logging.set_level(av.logging.PANIC)
-    out, told = sys.stdout.buffer, time.monotonic()
+    out, told = sys.stdout.buffer, 0.0
+
+    def alarm(seconds):  # ends the process, in the middle of a decoder too
+        if hasattr(signal, "alarm"):
+            signal.alarm(seconds)
 
     def alive():
         nonlocal told
@@ -216,15 +233,21 @@ def main():
             out.write(b"\n")
             out.flush()
             told = time.monotonic()
+            alarm(2 * PATIENCE)
 
+    alive()
     for line in sys.stdin:
+        alarm(2 * PATIENCE)
         try:
             clips, about = decode(**json.loads(line), alive=alive)
-            about["bytes"] = clips.nbytes
+            pixels = clips.tobytes()
+            about["bytes"] = len(pixels)
         except Exception as error:  # a stranger's file may make anything of a decoder raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            clips, about = np.empty(0, np.uint8), {"bad": reason[:200]}
-        out.write(json.dumps(about).encode() + b"\n" + clips.tobytes())
+            pixels, about = b"", {"bad": reason[:200]}
+        alarm(0)
+        out.write(json.dumps(about).encode() + b"\n")
+        out.write(pixels)
         out.flush()
 
 
