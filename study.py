@@ -184,7 +184,7 @@ def arguments(part, arm, seed, quick) -> list[str]:
     """What train.py is told, but for the folders."""
     base, told = PARTS[part][arm]
     if quick:
-        told = re.sub(r"--(flops|steps|every|clips) \S+", "", told) + " --quick --clips 32 --steps 2"
+        told = re.sub(r"--(flops|steps|every|clips) \S+", "", told) + " --quick --clips 16 --steps 2"
         told += "" if base else " --frames 4 --size 16"
     return [*told.split(), "--seed", str(seed)]
 
@@ -226,7 +226,7 @@ def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
     result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
     result["flops"] = load_model(run)[1]["flops"]
     if part != "timing" and arm[0] != "_":
-        effort = {"count": 4, "steps": 1} if quick else {"count": 100 if part == "growth" else 200}
+        effort = {"count": 2, "steps": 1} if quick else {"count": 100 if part == "growth" else 200}
         result["scores"] = evaluate(run, reader, **effort, seed=seed, read=READ.get(arm, Prompts))
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")

@@ -2404,8 +2404,14 @@ def fuzz(folder, count, seed=0):
     folder.mkdir()
     base = folder / "base"
     good = [write_clip(base / f"clip{end}", toy_frames(i, 24, 32)) for i, end in enumerate(FORMATS[:-1])]
-    state = training_state(random_model(), {}, text_encoder="minilm", history=[], new=[])
-    checkpoint.save_checkpoint(base / "good", state)
+    model = random_model()
+    moments = {
+        name: {"step": torch.tensor(40.0), "exp_avg": p.detach() / 2, "exp_avg_sq": p.detach() ** 2}
+        for name, p in model.named_parameters()
+    }
+    times = dict.fromkeys(("seconds", "look_seconds", "flops_before", "lr_before", "lr", "peak_at_128"), 0.5)
+    state = training_state(model, moments, text_encoder="minilm", history=[], new=[])
+    checkpoint.save_checkpoint(base / "good", state._replace(state={"step": 40, **times}))
     write_clip(base / "pictures", toy_frames(5, 3, 32))
     work, before = folder / "work", None
 
@@ -2425,11 +2431,8 @@ def fuzz(folder, count, seed=0):
             target.write_bytes(mutate(rng, file.read_bytes(), [None, 600][rng.integers(2)]))
         elif kind == "metadata":
             shutil.copytree(base / "pictures", work / "pictures")
-            rows = [
-                {"file_name": "pictures", "text": "a"},
-                {"file_name": "../../x.mp4", "caption": "b\u00e9"},
-            ]
-            text = "\n".join(map(json.dumps, rows)) if trial % 2 else 'file_name,text\npictures,"a b"\n/x,y\n'
+            row = {"file_name": "pictures", "text": "a long caption", "text_short": "caf\u00e9"}
+            text = json.dumps(row) if trial % 2 else 'file_name,text,text_short\npictures,"a, b",c\n'
             (work / f"metadata.{'jsonl' if trial % 2 else 'csv'}").write_bytes(mutate(rng, text.encode()))
         else:
             shutil.copytree(base / "good", work)
