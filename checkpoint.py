@@ -58,7 +58,7 @@ def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTCon
 def find_checkpoint(path: Path | str) -> Path:
     """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is
     none, ValueError for a pickle."""
-    if Path(path).suffix in PICKLES or (Path(path).is_file() and Path(path).suffix != ".safetensors"):
+    if not Path(path).is_dir() and (Path(path).suffix in PICKLES or Path(path).is_file()):
         raise ValueError(
             f"{path} is not opened: a checkpoint here is a directory with model.safetensors, and pickles"
             f" ({' '.join(PICKLES)}), which may run any code, are never loaded"

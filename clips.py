@@ -13,12 +13,12 @@ folder has found, so no path in it, absolute, upward or through a link, leads ou
 
 **Cache.** Every file is decoded once (video.py), in as many child processes as there are cores. Its clips are
 appended to a file of bytes, and then a line about it to a manifest, `COMMIT` files at a time: what no line
-tells of, after a kill, is cut off and decoded again. A file counts as the same
-while its size and time stay; folder, shape, rate and code have a cache each. The bytes are mapped into memory
-and not read: training takes what it needs, and what it takes again comes from the system's cache.
+tells of, after a kill, is cut off and decoded again. A file counts as the same while its size and time stay;
+folder, shape, rate and code have a cache each. The bytes are mapped into memory and not read: training takes
+what it needs, and what it takes again comes from the system's cache.
 
 **Bad files** are skipped with their name and a reason, and so are bad lines of metadata. If they are more
-than a share (`--max-bad`) something else is wrong, and nothing is trained.
+than a share (`--max-bad`) something else is wrong, and nothing is trained. The next start tries them again.
 
 **Validation** is on a tenth of the files, chosen by a hash of their names: clips of one film never fall on
 both sides, and a file stays on its side whatever is added. If a folder is so small that one side is empty,
@@ -218,7 +218,7 @@ class Cache:
                 end = entry["first"] + entry["clips"]
             except (ValueError, TypeError, KeyError):
                 break
-            if end > room:
+            if end > room or not line.endswith(b"\n"):
                 break
             self.entries[entry["file"]] = entry  # a later line is of a file that has changed
             self.clips, kept = end, kept + len(line)

@@ -561,6 +561,8 @@ def test_the_cache_of_clips(tmp_path, monkeypatch):
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join(lines[:2]) + lines[2][:30])  # a kill in the middle of a line
     assert decoded("c")
+    manifest.write_bytes(b"".join(lines[:2]) + lines[2].rstrip())  # at its very end
+    assert decoded("c") and manifest.read_bytes().count(b"\n") == 3
     manifest.write_bytes(b"".join(lines[:1]))
     with pixels.open("ab") as file:
         file.write(b"half a clip")
