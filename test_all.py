@@ -429,10 +429,11 @@ def test_a_decoder_that_breaks_or_hangs_is_replaced(tmp_path, monkeypatch):
             decoder(good, 8, 32, 8)
         assert len(decoder(good, 8, 32, 8)[0]) == 1
         process = decoder.child
-        monkeypatch.setattr(video.json, "loads", lambda answer: {"bytes": 10**9, "notes": []})
-        process.kill()
-        process.wait()
-        with pytest.raises(RuntimeError, match="broke down"):  # it ends in the middle of the pixels
+        breaks_off = """input(); print('{"bytes": 10000, "notes": []}'); print("a few pixels")"""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        decoder.close()
+        decoder.child = subprocess.Popen([sys.executable, "-c", breaks_off], **pipes)
+        with pytest.raises(RuntimeError, match="broke down"):
             decoder(good, 8, 32, 8)
     finally:
         decoder.close()
