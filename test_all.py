@@ -440,6 +440,15 @@ def test_a_decoder_that_breaks_or_hangs_is_replaced(tmp_path, monkeypatch):
     assert process.poll() is not None
 
 
+def test_a_child_without_a_parent_ends(tmp_path):
+    """Nobody is there to kill it when a file never says anything: its own alarm does."""
+    os.mkfifo(tmp_path / "endless.mp4")
+    job = json.dumps({"path": str(tmp_path / "endless.mp4"), "frames": 8, "size": 32, "fps": 8})
+    argv = [sys.executable, "-c", "import video; video.PATIENCE = 1; video.main()"]
+    done = subprocess.run(argv, input=job, cwd=HERE, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGALRM and not done.stdout.strip(), done
+
+
 def lay_out(root, *names, seconds=1):
     """Good clips, each of another scene -> the folder."""
     for i, name in enumerate(names):
