@@ -83,8 +83,8 @@ EXAMPLES = {  # prompt: how its re-caption goes on
 
 
 def bf16_is_fast(device: str) -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32. A CPU without instructions for it is a
-    hundred times slower."""
+    """Whether this machine multiplies bfloat16 faster than float32. A CPU without instructions for it was
+    ninety times slower."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

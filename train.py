@@ -17,7 +17,8 @@ what it would have drawn.
 and counts its steps. The learning rate starts where that run left it: one that had decayed warms up again,
 one that was stopped on its plateau goes on as if nothing had happened. What is frozen (`--tune new`, the rule
 of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it any more. If that run learned
-from other clips, the loss on those is watched too: what is forgotten.
+from another set of the toy world, or other captions, the loss on those is watched too: what is forgotten. (A
+folder that its header names is not opened: a checkpoint may come from anywhere.)
 
 **A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
 args.json. One process trains in it at a time. It may be killed at any moment, and `--resume` goes on from the
@@ -200,7 +201,7 @@ def train_alone(args, started, read):
         "val_loss": open_clips(args.data, "validation", few, *clip, args.captions, args.words, **folder)
     }
     old = [event for event in history if "train" in event][-1:]
-    known = (*SETS, args.data)  # a checkpoint may come from anywhere: no other folder is opened for its sake
+    known = (*SETS, args.data)
     if (
         old
         and old[0]["train"] in known
