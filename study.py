@@ -55,11 +55,11 @@ from train import parse_arguments, train
 
 # Each part: {arm: (the arm it goes on from, what train.py is told)}. An arm that is there for others to go on
 # from, and for nothing else, begins with an underscore and is not scored.
-VARIED = "--data basic --words varied --clips 8192 --steps 3000 --every 1000 "
+VARIED = "--data basic --words varied --clips 8192 --batch 16 --steps 3000 --every 1000 "
 LLM = VARIED + "--drop-text 0.35 --grow llm --llm-features "
 SHARED = VARIED + "--drop-text 0 --grow llm --llm-features mean"  # the small encoder reads all captions too
 LANGUAGE = {
-    "base": (None, "--preset nano --steps 1500 --every 500 --decay 0"),
+    "base": (None, "--preset nano --batch 16 --steps 3000 --every 1000 --decay 0"),
     "base encoder": ("base", VARIED),
     "llm last": ("base", LLM + "last"),
     "llm middle": ("base", LLM + "middle"),
@@ -71,8 +71,8 @@ LANGUAGE = {
     "wrong captions, nothing hidden": ("base", SHARED),
     "minilm twice": ("base", LLM + "mean"),
 }
-BUDGET = 3.4e13  # FLOPs: 2,000 steps of *large from scratch*
-PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 100 "
+BUDGET = 2.4e13  # FLOPs: 1,400 steps of *large from scratch*
+PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 200 "
 NEW = PLATEAU + "--preset nano "
 RICH = f"--data rich --clips 8192 --flops {BUDGET:g} "
 GROWN = PLATEAU + RICH
