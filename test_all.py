@@ -5,6 +5,7 @@ leaves them out.
 """
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -23,7 +24,9 @@ import zlib
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import imageio.v3 as iio
@@ -34,6 +37,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import attention as attention_module
 import checkpoint
@@ -929,6 +934,97 @@ def test_unknown_backend():
     with pytest.raises(ValueError, match="no attention backend"):
         attention(*torch.zeros(3, 1, 1, 2, 4), backend="flash")
     attention_module.main()
+
+
+def kernel_in_numpy():
+    """Values and gradients of the kernel against float64, on random shapes, types and masks; memory that
+    nobody has written is nan. Then a model under autocast."""
+    draw = np.random.default_rng(0)
+    torch.use_deterministic_algorithms(True)  # fills new memory with nan
+    assert torch.empty(3).isnan().all()
+    for case in range(24):
+        d, dtype = (32, 64, 128)[case % 3], (torch.float32, torch.bfloat16, torch.float16)[case // 3 % 3]
+        B, H, N, L = (int(draw.integers(least, most)) for least, most in ((1, 3), (1, 3), (1, 150), (8, 150)))
+        g = torch.Generator().manual_seed(case)
+        q, k, v, slope = (torch.randn(B, H, n, d, generator=g).to(dtype) for n in (N, L, L, N))
+        mask = torch.rand(B, L, generator=g) < draw.random()
+        mask[:, torch.randperm(L, generator=g)[:4]] = True  # of one key alone the gradients are zero
+        mask = mask if case % 4 else None
+        found, truth = [], []
+        for results, to, backend in ((found, dtype, "triton"), (truth, torch.float64, "eager")):
+            inputs = [x.to(to).requires_grad_() for x in (q * (1 + case % 5), k, v)]
+            out = attention(*inputs, mask, backend)
+            results += [out, *torch.autograd.grad(out, inputs, slope.to(to))]
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, truth, strict=True):
+            error = ((a.double() - b).norm() / b.norm()).item()
+            assert a.dtype == dtype and error < (1e-5 if dtype == torch.float32 else 2e-2), (
+                case,
+                name,
+                error,
+            )
+    q, v, mask = torch.randn(1, 1, 70, 32), torch.randn(1, 1, 70, 32), torch.arange(70)[None] == 69
+    assert torch.allclose(attention(q, q, v, mask, "triton"), v[:, :, 69:].expand_as(v), rtol=1e-6)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 2, 5, 32)]
+    (slope,) = torch.autograd.grad(
+        attention(*inputs, backend="triton").square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # and not a wrong second derivative
+        slope.sum().backward()
+    model = random_model(replace(dit.PRESETS["nano"], depth=1, text_dim=6))
+    x, t, text, mask = torch.randn(2, 3, 8, 32, 32), torch.rand(2), torch.randn(2, 5, 6), torch.ones(2, 5) > 0
+    outs = []
+    for backend in ("eager", "triton"):
+        dit.attention = partial(attention, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            outs.append(model(x, t, text, mask).double())
+    assert ((outs[0] - outs[1]).norm() / outs[0].norm()).item() < 2e-2
+
+
+def kernel_in_a_graph():
+    """torch.compile takes the kernel into one graph forward and one backward, without a GPU to run them."""
+    torch.utils._triton.has_triton = lambda: True
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    gpu = SimpleNamespace(get_current_target=lambda: target)
+    attention_module.triton.runtime.driver.set_active(gpu)
+    kernels = []
+
+    def record(graph, _):
+        kernels.append(sum("triton" in str(node.target) for node in graph.graph.nodes))
+        outputs = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]
+        return make_boxed_func(lambda *_: [v if v is None else torch.zeros(v.shape) for v in outputs])
+
+    attend = attention_module.TritonAttention.apply
+    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 2, 40, 32)]
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(
+        lambda q, k, v, mask: 2 * attend(q + 1, k, v, mask), backend=backend, fullgraph=True
+    )
+    compiled(*inputs, torch.ones(2, 40, dtype=torch.bool)).sum().backward()
+    assert kernels == [1, 2]
+
+
+needs_triton = pytest.mark.skipif(not attention_module.triton, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [kernel_in_numpy, kernel_in_a_graph])
+def test_kernel(check):
+    how = {"TRITON_INTERPRET": "1"} if check is kernel_in_numpy else {}
+    child = [sys.executable, "-c", f"import test_all; test_all.{check.__name__}()"]
+    done = subprocess.run(child, env={**os.environ, **how}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+@needs_triton
+def test_kernel_refuses():
+    for q, why in (
+        (torch.zeros(1, 1, 2, 32), "needs a GPU"),
+        (torch.zeros(1, 1, 2, 24), "32, 64, 128"),
+        (torch.zeros(1, 1, 2, 32, dtype=torch.float64), "float64"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            attention(q, q, q, backend="triton")
 
 
 def test_patches_keep_pixels_together():
