@@ -16,6 +16,7 @@ from clips import MAX_BAD
 from data import SETS
 from dit import PRESETS
 from grow import ZEROS
+from parallel import WORLD
 from text_encoder import LAYERS
 
 TUNE = ("all", "new", "lora")
@@ -81,6 +82,9 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cpu or cuda [auto: a GPU if there is one]")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="[auto: bf16 where it is fast]")
     compiling = argparse.BooleanOptionalAction
+    add("--accumulate", type=int, default=1, help="parts a batch is cut into, to save memory [1]")
+    add("--checkpoint-activations", action="store_true", help="save memory: a third more to compute [off]")
+    add("--shard", action="store_true", help="by torchrun: cut the model into slices, one per process [off]")
     add("--compile", action=compiling, help="torch.compile [on, if there is a C++ compiler]")
     args = parser.parse_args(argv)
     base = args.base or ("runs/base" if args.grow else None)
@@ -91,11 +95,12 @@ def parse_arguments(argv=None):
         if not (saved := Path(args.out) / "args.json").is_file():
             raise FileNotFoundError(f"there is no run to resume in {args.out}")
         try:
-            before = dict(json.loads(saved.read_text())) | {"out": args.out, "resume": True}
+            before = dict(json.loads(saved.read_text())) | {"out": args.out, "resume": True, "shard": False}
         except (ValueError, TypeError):
             raise ValueError(f"{saved} is not what train.py has written: it is no JSON object") from None
         args = parser.parse_args(argv, argparse.Namespace(**before))
         free = {"steps", "minutes", "flops", "every", "max_bad", "device", "precision", "compile"}
+        free |= {"accumulate", "checkpoint_activations", "shard"}
         changed = [name for name, v in before.items() if vars(args)[name] != v and name not in free]
         if changed:
             name = {"base": "from"}.get(changed[0], changed[0].replace("_", "-"))
@@ -134,7 +139,11 @@ def parse_arguments(argv=None):
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    numbers = "clips steps batch warmup every lr minutes flops add rank frames size depth"
+    if args.accumulate > args.batch:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {args.batch}")
+    if args.shard and WORLD == 1:
+        raise ValueError("--shard is for several processes: torchrun --nproc-per-node 2 train.py --shard")
+    numbers = "accumulate clips steps batch warmup every lr minutes flops add rank frames size depth"
     for name in numbers.split():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be more than zero")

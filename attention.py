@@ -63,7 +63,7 @@ def attention(q, k, v, mask=None, backend="auto"):
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "auto":
-        able = triton and q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+        able = triton and q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
         backend = "eager" if q.device.type == "cpu" else "triton" if able else "sdpa"
     if backend == "triton":
         return triton_attention(q, k, v, mask)

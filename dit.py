@@ -46,6 +46,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import attention
@@ -302,6 +303,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # set by train.py
         D = config.width
         self.patch_embed = nn.Linear(config.patch_dim, D)
         self.time_embed = MLP(TIME_DIM, D, D)
@@ -353,7 +355,11 @@ class DiT(nn.Module):
                 llm = block(llm, c, llm_mask)
             llm = layer_norm(llm)
         for block in self.blocks:
-            x = block(x, c, rope, text, text_mask, llm, llm_mask)  # (B, N, D)
+            given = x, c, rope, text, text_mask, llm, llm_mask
+            if self.checkpoint_activations and torch.is_grad_enabled():  # keep x only, compute the rest again
+                x = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x = block(*given)  # (B, N, D)
         shift, scale = self.final_adaln(c).unsqueeze(1).chunk(2, -1)  # (B, 1, D) each
         return unpatchify(self.final(layer_norm(x) * (1 + scale) + shift), config, grid)
 

@@ -118,12 +118,12 @@ PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING}
 class WrongPrompts(Prompts):
     """The control of the content: the LLM reads the next caption of the batch; the null prompt stays."""
 
-    def batch(self, *texts, whole=False):
+    def batch(self, *texts, few=False):
         """As `Prompts.batch`."""
         real = [text for text in texts[-1] if text != NULL_PROMPT]
         others = iter(real[1:] + real[:1])
         wrong = [text if text == NULL_PROMPT else next(others) for text in texts[-1]]
-        return super().batch(texts[0], wrong, whole=whole)
+        return super().batch(texts[0], wrong, few=few)
 
 
 class SamePrompts(Prompts):
@@ -134,9 +134,9 @@ class SamePrompts(Prompts):
         self.llm_dim = llm_dim
         self.streams *= 2 if llm_dim else 1
 
-    def batch(self, *texts, whole=False):
+    def batch(self, *texts, few=False):
         """As `Prompts.batch`."""
-        text, mask, *again = super().batch(*texts, whole=whole)
+        text, mask, *again = super().batch(*texts, few=few)
         return (
             (text, mask, F.pad(again[0], (0, self.llm_dim - text.shape[-1])), again[1])
             if again

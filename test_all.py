@@ -913,6 +913,18 @@ def test_missing_encoders_say_so(monkeypatch, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_few_lengths():
+    """Padding to one of four lengths hides nothing and adds nothing."""
+    lengths = torch.arange(1, 16)
+    prompts = text_encoder.Prompts.__new__(text_encoder.Prompts)
+    flat = torch.randn(int(lengths.sum()), 3)
+    prompts.streams = [text_encoder.Features([str(n) for n in lengths.tolist()], flat, lengths)]
+    for n in lengths.tolist():
+        (tight, tight_mask), (wide, mask) = (prompts.batch(["1", str(n)], few=few) for few in (False, True))
+        assert tight.shape[1] == n and wide.shape[1] in (4, 8, 12, 15) and 0 <= wide.shape[1] - n < 4
+        assert torch.equal(wide[mask], tight[tight_mask]) and not wide[~mask].any()
+
+
 # --------------------------------------------------------------------------------------------------------
 # attention.py and dit.py
 
@@ -1937,9 +1949,9 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
     given = []
 
     class Spy(text_encoder.Prompts):
-        def batch(self, *texts, whole=False):
+        def batch(self, *texts, few=False):
             given.extend(zip(*texts, strict=True) if whole else ())
-            return super().batch(*texts, whole=whole)
+            return super().batch(*texts, few=few)
 
     argv = [
         "--from",
@@ -2576,6 +2588,67 @@ def test_files_from_strangers(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------
 # The commands, as a user runs them
+
+
+def several(count, *argv, **how):
+    """`torchrun --nproc-per-node COUNT train.py` with `argv`, begun; `how` goes to Popen."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*torchrun, "train.py", *argv], cwd=HERE, text=True, stderr=subprocess.PIPE, **how
+    )
+
+
+def finish(process, status=0):
+    """Wait for the end -> what it said to stderr."""
+    said = process.communicate(timeout=300)[1]
+    assert (process.returncode == 0) == (status == 0), said
+    return said
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path, encoder_name):
+    """Any number of processes, sharded or not, in parts or not, gives the losses of one."""
+    brief = [*BRIEF, "--depth", "2", "--text", encoder_name, "--clips", "64", "--every", "10", "--batch", "6"]
+    brief += ["--decay", "0"]
+    train.train(train.parse_arguments([*brief, "--steps", "30", "--out", str(tmp_path / "one")]))
+    ways = {"two": (2, []), "three": (3, ["--accumulate", "2"]), "slices": (2, ["--shard"])}
+    for name, (count, how) in ways.items():
+        out = ["--out", str(tmp_path / name)]
+        finish(several(count, *brief, *how, "--steps", "20", *out))
+        finish(several(5 - count, "--resume", "--steps", "30", *out, *(["--shard"] if count == 3 else [])))
+        runs = [tmp_path / "one", tmp_path / name]
+        lines = [[json.loads(r) for r in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+        assert len(lines[0]) == len(lines[1]) == 7
+        for mine, other in zip(*lines, strict=True):
+            assert mine.keys() == other.keys() and mine["flops"] == other["flops"]
+            for key in mine.keys() & {"loss", "val_loss"}:
+                assert abs(mine[key] - other[key]) < 1e-4, (name, mine, other)
+        (mine, _), (other, _) = (load_model(run) for run in runs)
+        for a, b in zip(mine.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-3), name
+        assert [sorted(p.name for p in run.rglob("*")) for run in runs[:1]] == [
+            sorted(p.name for p in run.rglob("*")) for run in runs[1:]
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all(tmp_path, encoder_name, rank):
+    brief = [*BRIEF, "--text", encoder_name, "--every", "5", "--steps", "100000", "--out", str(tmp_path)]
+    process = several(2, *brief, start_new_session=True)
+    while not (tmp_path / "checkpoint").is_dir():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    children = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        children |= {int(v[5:]): int(child) for v in environment if v.startswith(b"RANK=")}
+    os.kill(children[rank], signal.SIGKILL)
+    said = finish(process, status=1)
+    assert f"error: process {1 - rank}: another one of this run has ended; --resume" in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children.values())
+    step = json.loads((tmp_path / "checkpoint" / "train_state.json").read_text())["step"]
+    finish(several(1, "--resume", "--steps", str(step + 3), "--out", str(tmp_path)))
 
 
 def command(*argv, cwd, **environment):

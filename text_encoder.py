@@ -352,12 +352,12 @@ class Features:
         self.flat, self.lengths, self.starts = flat, lengths, lengths.cumsum(0) - lengths
         self.dim, self.max_length = flat.shape[1], int(lengths.max())
 
-    def batch(self, texts: list[str], length: int | None = None):
-        """B texts of the list -> features (B, L, dim), mask (B, L); L is `length`, or that of the longest
-        text given."""
+    def batch(self, texts: list[str], multiple: int = 1):
+        """B texts of the list -> features (B, L, dim), mask (B, L); L is the length of the longest text
+        given, rounded up to a `multiple`, but no more than that of the longest of all."""
         rows = torch.tensor([self.rows[text] for text in texts])
         lengths = self.lengths[rows]
-        steps = torch.arange(length or int(lengths.max()))  # (L,)
+        steps = torch.arange(min(-(-int(lengths.max()) // multiple) * multiple, self.max_length))  # (L,)
         mask = steps < lengths[:, None]  # (B, L)
         tokens = (self.starts[rows, None] + steps).clamp_max(len(self.flat) - 1)
         return self.flat[tokens] * mask.unsqueeze(-1), mask
@@ -410,15 +410,15 @@ class Prompts:
     def __init__(self, texts: list[str], header: dict, llm_dim: int):
         self.streams = [encode(texts, *encoder) for encoder in encoders(header, llm_dim)]
 
-    def batch(self, *texts: list[str], whole=False) -> tuple[torch.Tensor, ...]:
+    def batch(self, *texts: list[str], few=False) -> tuple[torch.Tensor, ...]:
         """B texts of the list, for all encoders or for each its own -> features (B, L, dim) and mask (B, L)
-        of each encoder in turn, as the model takes them. L is that of the longest text given, or if `whole`
-        of the longest of all."""
+        of each encoder in turn, as the model takes them. L is that of the longest text given; if `few`, one
+        of four lengths, so that there is little to compile: a quarter, a half, ... of the longest of all."""
         texts = texts if len(texts) > 1 else texts * len(self.streams)
         return tuple(
             tensor
             for stream, own in zip(self.streams, texts, strict=True)
-            for tensor in stream.batch(own, stream.max_length if whole else None)
+            for tensor in stream.batch(own, -(-stream.max_length // 4) if few else 1)
         )
 
 

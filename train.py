@@ -36,7 +36,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ import filelock
 import torch
 from tqdm import tqdm
 
+import parallel
 from arguments import HIDDEN, parse_arguments
 from checkpoint import (
     Checkpoint,
@@ -60,6 +61,7 @@ from dit import PRESETS, DiT, count_flops
 from draw import FPS, save_grid
 from flow import T_BINS, flow_loss, time_of, validation_loss
 from grow import grow_state
+from parallel import RANK
 from sample import autocast, out_of_memory, pick_device, pick_precision, solve, to_uint8
 from text_encoder import NULL_PROMPT, Prompts, encode
 
@@ -116,7 +118,8 @@ def starting_point(args, run) -> Checkpoint | None:
             add = args.add or start.model.config.depth
             options = {"add": add, "where": args.where or "insert", "zero": args.zero or "gate"}
         if operator == "llm":
-            dim = encode([], args.llm, args.llm_features).dim
+            with parallel.one_first():
+                dim = encode([], args.llm, args.llm_features).dim
             options = {"llm_dim": dim, "refiner": args.refiner, "seed": args.seed}
             start.header.update(llm=args.llm, llm_features=args.llm_features)
         start = grow_state(start, operator, **options)
@@ -162,9 +165,10 @@ def train(args, started=None, read=Prompts):
     """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
     began at `started` (`time.perf_counter`), by default now. `read` is how prompts become features. Raises
     ValueError or OSError, in one line, for whatever the user can mend, and SystemExit after a stop."""
+    parallel.join(args.batch)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(Path(args.out) / "lock", timeout=0):
+        with filelock.FileLock(Path(args.out) / "lock", timeout=0) if RANK == 0 else nullcontext():
             return train_alone(args, started or time.perf_counter(), read)
     except filelock.Timeout:
         raise ValueError(f"another process is training in {args.out}: name another with --out") from None
@@ -193,7 +197,8 @@ def train_alone(args, started, read):
     history = header["history"][:-1] if args.resume else header["history"]
     header["fps"] = args.fps = args.fps or header.get("fps", FPS)
     clip, folder = (config.frames, config.size), {"fps": args.fps, "max_bad": args.max_bad}
-    world = open_clips(args.data, "train", args.clips, *clip, args.captions, args.words, **folder)
+    with parallel.one_first():
+        world = open_clips(args.data, "train", args.clips, *clip, args.captions, args.words, **folder)
     for what, why in world.problems:
         print(f"skipped: {what}: {why}")
     few = min(args.clips or 256, 256)
@@ -218,7 +223,8 @@ def train_alone(args, started, read):
         )
     shown = list(PROMPTS) if args.data in SETS else list(dict.fromkeys(world.captions))[: len(PROMPTS)]
     texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *shown]
-    prompts = read(texts, header, config.llm_dim)
+    with parallel.one_first():
+        prompts = read(texts, header, config.llm_dim)
     lengths = [stream.max_length for stream in prompts.streams]
 
     if start is None:
@@ -226,10 +232,17 @@ def train_alone(args, started, read):
         model = DiT(replace(config, text_dim=prompts.streams[0].dim))
         start = Checkpoint(model, copy.deepcopy(model), {}, header, {})
     model, ema, moments, header, state = start
-    model, ema = model.to(device).train(), ema.to(device).eval().requires_grad_(False)
+    model.train().checkpoint_activations = args.checkpoint_activations
+    ema.eval().requires_grad_(False)
     config = model.config
     args.tune = args.tune or ("lora" if config.lora_rank else "all")
     freeze(model, ema, args.tune, header.get("new", ()))
+    step_flops = args.batch * count_flops(model, lengths)
+    if args.shard:  # what is trained is cut into slices; process 0 looks at, and saves, what it gathers
+        whole, whole_ema = copy.deepcopy(model), copy.deepcopy(ema).to(device)
+    else:
+        whole, whole_ema = model.to(device), ema.to(device)
+    network = parallel.distribute(model, ema, args.shard)
     wider = (config.width / 128) ** 0.5  # the peak is kept from run to run, but falls with this
     peak_at_128 = args.lr * wider if args.lr else state.get("peak_at_128", 3e-3)
     peak = peak_at_128 / wider
@@ -237,9 +250,9 @@ def train_alone(args, started, read):
     optimiser = torch.optim.AdamW(trained.values(), peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for name, parameter in trained.items():
         if name in moments:
-            optimiser.state[parameter] = {kind: tensor.to(device) for kind, tensor in moments[name].items()}
+            mine = {kind: parallel.slice_like(tensor, parameter) for kind, tensor in moments[name].items()}
+            optimiser.state[parameter] = mine
     shape = (args.batch, 3, config.frames, config.size, config.size)
-    step_flops = args.batch * count_flops(model, lengths)
 
     # Where the run stands.
     metrics, records = run / "metrics.jsonl", []
@@ -257,20 +270,23 @@ def train_alone(args, started, read):
             raise ValueError(
                 f"--flops counts those of the base too, {state['flops_before']:.2e}: ask for more"
             )
-    write_whole(run / "args.json", json.dumps(vars(args), indent=1))
     steps_before = sum(event.get("steps", 0) for event in history)
-    write_whole(metrics, "".join(json.dumps(r) + "\n" for r in records))
+    if RANK == 0:
+        write_whole(run / "args.json", json.dumps(vars(args), indent=1))
+        write_whole(metrics, "".join(json.dumps(r) + "\n" for r in records))
     losses = [torch.tensor(loss, device=device) for loss in state.pop("losses", ())]  # not written down yet
     begun = started - state["seconds"]
 
     def record(**entry):
         records.append({"step": state["step"], **entry})
-        with metrics.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        if RANK == 0:
+            with metrics.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
 
     def check():
-        """Raise ValueError if a loss since the last line of metrics is not finite."""
-        for i, loss in enumerate(torch.stack(losses).tolist() if losses else ()):
+        """Raise ValueError if a loss since the last line of metrics is not finite, in any process."""
+        losses[:] = parallel.mean(torch.stack(losses)).unbind() if losses else ()
+        for i, loss in enumerate(loss.item() for loss in losses):
             if not math.isfinite(loss):
                 step = state["step"] - len(losses) + i
                 rows = random_draws(args.seed, steps_before + step, shape, len(world))[0]
@@ -285,18 +301,37 @@ def train_alone(args, started, read):
         state["seconds"] = time.perf_counter() - begun
         event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
         header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
-        moments = {name: optimiser.state[p] for name, p in trained.items() if p in optimiser.state}
+        parallel.gather(model, whole)
+        parallel.gather(ema, whole_ema)
+        moments = {
+            name: {kind: parallel.whole(tensor) for kind, tensor in optimiser.state[parameter].items()}
+            for name, parameter in trained.items()
+            if parameter in optimiser.state
+        }
         pending = {"losses": [loss.item() for loss in losses]}
-        settle(metrics)
-        save_checkpoint(run / "checkpoint", Checkpoint(model, ema, moments, header, state | pending))
+        if RANK == 0:
+            settle(metrics)
+            saved = Checkpoint(whole, whole_ema, moments, header, state | pending)
+            save_checkpoint(run / "checkpoint", saved)
 
     def look():
         """Validate, draw samples, save."""
         check()
         begin = time.perf_counter()
+        parallel.gather(ema, whole_ema)
+        if RANK == 0:
+            validate()
+        save()
+        if RANK == 0 and any("loss" in r for r in records):
+            middles = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
+            plot_losses(run / "loss.png", records, middles)
+        state["look_seconds"] = time.perf_counter() - begin  # what the end of the run will take
+
+    def validate():
+        """The loss on clips that are not trained on, and samples."""
         entry = {"flops": state["flops_before"] + state["step"] * step_flops}
         for name, clips in held_out.items():
-            by_t = validation_loss(ema, clips, prompts, precision).tolist()
+            by_t = validation_loss(whole_ema, clips, prompts, precision).tolist()
             entry |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
         if not math.isfinite(entry["val_loss"]):
             raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
@@ -304,19 +339,14 @@ def train_alone(args, started, read):
         noise = torch.randn(len(shown), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
         prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (shown, [NULL_PROMPT]))
         with autocast(device, precision):
-            clips = solve(ema, noise, prompt, empty)
+            clips = solve(whole_ema, noise, prompt, empty)
         (run / "samples").mkdir(exist_ok=True)
         save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), shown, columns=4)
-        save()
-        if any("loss" in r for r in records):
-            middles = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
-            plot_losses(run / "loss.png", records, middles)
-        state["look_seconds"] = time.perf_counter() - begin  # what the end of the run will take
 
     if not args.resume:
-        if args.base and history != (base := load_model(args.base))[1]["history"]:
+        if RANK == 0 and args.base and history != (base := load_model(args.base))[1]["history"]:
             before = Prompts(texts, base[1], base[0].config.llm_dim)
-            both = (base[0].to(device), before), (ema, prompts)
+            both = (base[0].to(device), before), (whole_ema, prompts)
             sides = [validation_loss(m, held_out["val_loss"], p).mean().item() for m, p in both]
             print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *sides))
             record(loss_before_growth=sides[0], loss_after_growth=sides[1])
@@ -327,33 +357,39 @@ def train_alone(args, started, read):
             block.compile()
     looked = max((r["step"] for r in records if "val_loss" in r), default=state["step"])
     logged = state["step"], time.perf_counter()
-    bar = tqdm(desc="training", total=args.steps, unit="step", initial=state["step"])
+    bar = tqdm(desc="training", total=args.steps, unit="step", initial=state["step"], disable=RANK > 0)
     with bar, stoppable() as stops:
-        while not stops:
+        while True:
             step, seconds = state["step"], time.perf_counter() - begun
             progress = step / args.steps
             if args.minutes:  # with time left for the last look
                 progress = (seconds + state["look_seconds"]) / (60 * args.minutes)
-            if progress >= 1:
+            progress, stopped = parallel.agree(progress, len(stops))
+            if progress >= 1 or stopped:
                 break
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
             rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
-            x, captions = world.batch(rows)
-            streams = [  # one list of captions for each encoder; the first one may lose more of them
-                [NULL_PROMPT if d < share else c for c, d in zip(captions, drop.tolist(), strict=True)]
-                for share in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
-            ]
-            prompt = prompts.batch(*streams, whole=True)
-            x, t, noise, *prompt = (v.to(device, non_blocking=True) for v in (x, t, noise, *prompt))
-            with autocast(device, precision):
-                loss = flow_loss(model, x, t, noise, prompt).mean()
-            loss.backward()
+            total, parts = 0.0, parallel.share(torch.arange(args.batch)).chunk(args.accumulate)
+            for part in parts:
+                (x, captions), drops = world.batch(rows[part]), drop[part].tolist()
+                streams = [  # one list of captions for each encoder; the first one may lose more of them
+                    [NULL_PROMPT if d < hide else c for c, d in zip(captions, drops, strict=True)]
+                    for hide in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
+                ]
+                prompt = prompts.batch(*streams, few=True)
+                x, *prompt = (v.to(device, non_blocking=True) for v in (x, *prompt))
+                with parallel.not_yet(network) if part is not parts[-1] else nullcontext():
+                    with autocast(device, precision):
+                        loss = flow_loss(network, x, t[part].to(device), noise[part].to(device), prompt).sum()
+                    loss = loss / args.batch * parallel.WORLD
+                    loss.backward()
+                total = total + loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
             update_ema(ema, model, steps_before + step, args.ema)
-            losses.append(loss.detach() + 0 * norm)  # not a number if the gradient is not finite
+            losses.append(total + 0 * parallel.whole(norm))  # not a number if the gradient is not finite
             step += 1
             state["step"], state["lr"] = step, group["lr"]
             bar.update()
@@ -369,16 +405,19 @@ def train_alone(args, started, read):
             if step % args.every == 0:
                 look()
                 looked, logged = step, (step, time.perf_counter())
-        if looked != state["step"] and not stops:
+        if looked != state["step"] and not stopped:
             look()
-    if stops:
+    if stopped:
         save()
         print(f"{run}: stopped and saved at step {state['step']} of {args.steps}; --resume goes on from it")
+        parallel.leave()
         sys.exit(0)
-    last = next(r for r in reversed(records) if "val_loss" in r)
-    names = {"val_loss": "validation loss", "old_val_loss": "on what the base had learned"}
-    losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
-    print(f"{run}: {state['step']} steps, {state['seconds'] / 60:.1f} minutes{losses}")
+    if RANK == 0:
+        last = next(r for r in reversed(records) if "val_loss" in r)
+        names = {"val_loss": "validation loss", "old_val_loss": "on what the base had learned"}
+        losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
+        print(f"{run}: {state['step']} steps, {state['seconds'] / 60:.1f} minutes{losses}")
+    parallel.leave()
     return run
 
 
@@ -390,7 +429,12 @@ if __name__ == "__main__":
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # whatever a user can mend
         if out_of_memory(error):
-            error = "out of memory: lower --batch, or take a smaller --preset, --size or --frames"
+            error = (
+                "out of memory: lower --batch or raise --accumulate, give --checkpoint-activations, or take a"
+                " smaller --preset, --size or --frames"
+            )
+        elif parallel.lost(error):
+            error = f"process {RANK}: another one of this run has ended; --resume goes on from what it saved"
         elif not isinstance(error, (ValueError, OSError)):
             raise
         print(f"error: {error}", file=sys.stderr)
