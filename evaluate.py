@@ -207,16 +207,17 @@ def prompt_sets(count) -> dict[str, tuple[list, list[str]]]:
 
 
 def evaluate(
-    checkpoint, reader, count=200, steps=STEPS, guidance=GUIDANCE, device="auto", seed=0, read=Prompts
-) -> dict:
+    checkpoint, reader, count=200, steps=STEPS, guidance=GUIDANCE, device="auto", seed=0,
+    read=Prompts, only=(),
+) -> dict:  # fmt: skip
     """Sample `count` clips of each prompt set and read them -> {set: scores}, and under "val_loss" and
     "rich_loss" the loss by t on `basic` with short captions and on `rich` with detailed ones. `read` is how
-    prompts become features."""
+    prompts become features; `only` names the sets to sample, if not all."""
     device = pick_device(device)
     precision = pick_precision("auto", device)
     model, header = load_model(checkpoint)
     model.to(device)
-    sets = prompt_sets(count)
+    sets = {name: prompts for name, prompts in prompt_sets(count).items() if name in (only or (name,))}
     few, clip = min(256, 8 * count), (model.config.frames, model.config.size)
     held_out = {
         "val_loss": ToyWorld("basic", few, 1, *clip),

@@ -41,6 +41,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import attention as attention_module
+import bench
 import checkpoint
 import clips
 import data
@@ -49,6 +50,7 @@ import draw
 import evaluate
 import flow
 import grow
+import parallel
 import reader
 import report
 import sample
@@ -1029,6 +1031,17 @@ def test_kernel(check):
 
 
 @needs_triton
+@pytest.mark.slow
+def test_kernel_fits():
+    """Compiled for two GPUs that are not here, no kernel runs out of registers or shared memory."""
+    rows = list(bench.kernel_resources())
+    assert len({row[:4] for row in rows}) == 2 * 3 * 3 * 3
+    for sm, *what, registers, shared, spilled in rows:
+        most = {"sm_80": 163, "sm_90": 227}[sm] * 1024
+        assert registers <= 255 and shared <= most and not spilled, (sm, what, registers, shared, spilled)
+
+
+@needs_triton
 def test_kernel_refuses():
     for q, why in (
         (torch.zeros(1, 1, 2, 32), "needs a GPU"),
@@ -1950,7 +1963,7 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
 
     class Spy(text_encoder.Prompts):
         def batch(self, *texts, few=False):
-            given.extend(zip(*texts, strict=True) if whole else ())
+            given.extend(zip(*texts, strict=True) if few else ())
             return super().batch(*texts, few=few)
 
     argv = [
@@ -2590,6 +2603,33 @@ def test_files_from_strangers(tmp_path):
 # The commands, as a user runs them
 
 
+def test_a_step_in_parts(tmp_path, encoder_name):
+    """Gradients summed over parts, with blocks computed twice, are those of the batch at once."""
+    curves = []
+    for name, how in {"at once": [], "in parts": ["--accumulate", "3", "--checkpoint-activations"]}.items():
+        run = run_training(tmp_path / name, encoder_name, "--steps", "20", *how)
+        curves.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    for mine, other in zip(*curves, strict=True):
+        assert mine.keys() == other.keys() and mine["flops"] == other["flops"]
+        assert all(abs(mine[key] - other[key]) < 1e-4 for key in mine.keys() & {"loss", "val_loss"})
+    calls = []
+    model = random_model().train()
+    model.checkpoint_activations = True
+    model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    x, text, mask = torch.randn(2, 3, 4, 16, 16), torch.randn(2, 5, 12), torch.ones(2, 5) > 0
+    model(x, torch.rand(2), text, mask).sum().backward()
+    assert len(calls) == 2
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    for argv, why in ((["--shard"], "several processes"), (["--accumulate", "33"], "more than the clips")):
+        with pytest.raises(ValueError, match=why):
+            train.parse_arguments(argv)
+    monkeypatch.setattr(parallel, "WORLD", 3)
+    with pytest.raises(ValueError, match="cannot be shared by 3"):
+        parallel.join(8)
+
+
 def several(count, *argv, **how):
     """`torchrun --nproc-per-node COUNT train.py` with `argv`, begun; `how` goes to Popen."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -2649,6 +2689,35 @@ def test_a_killed_process_ends_all(tmp_path, encoder_name, rank):
     assert not any(Path(f"/proc/{child}").exists() for child in children.values())
     step = json.loads((tmp_path / "checkpoint" / "train_state.json").read_text())["step"]
     finish(several(1, "--resume", "--steps", str(step + 3), "--out", str(tmp_path)))
+
+
+def test_alternating():
+    clock, order = iter(itertools.accumulate([7, 7, *[0, 1, 0, 2] * 2])), []  # the first turn is begun only
+    sides = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        seconds = bench.alternate(sides, 2)
+    assert order == ["a", "b"] * 3 and seconds == {"a": [1, 1], "b": [2, 2]}
+    assert bench.ratio({"a": [1, 2, 9], "b": [1, 1, 3]}, "a", "b") == "2.00 (1.50 to 2.50)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["attention", "train", "sample", "data"])
+def test_bench(tmp_path, monkeypatch, capsys, part):
+    """Each part of bench.py runs, on small sizes, prints a table and writes numbers."""
+    small = replace(SMALL, depth=1)
+    monkeypatch.setattr(bench, "PRESETS", {"tiny": small})
+    monkeypatch.setattr(bench, "PEER", small)
+    monkeypatch.setattr(bench, "SHAPES", {"self": (1, 2, 5, 5, 8), "text": (1, 2, 5, 3, 8)})
+    monkeypatch.setattr(bench, "kernel_resources", lambda: [])
+    monkeypatch.setattr(bench, "get_reader", lambda: reader.Reader().eval())
+    config = replace(SMALL, frames=8, size=32, text_dim=384)
+    save_model(tmp_path, random_model(config).state_dict(), config, text_encoder="minilm", history=[])
+    monkeypatch.setattr(bench, "newest_checkpoint", lambda: tmp_path)
+    out = tmp_path / "numbers.json"
+    bench.main([part, "--repeats", "1", "--count", "2", "--out", str(out)])
+    assert capsys.readouterr().out.count("|") >= 20
+    assert json.loads(out.read_text())["result"]
 
 
 def command(*argv, cwd, **environment):

@@ -25,7 +25,11 @@ args.json. One process trains in it at a time. It may be killed at any moment, a
 last checkpoint to the same bits as if nothing had happened; asked to stop (Ctrl-C, SIGTERM) it finishes its
 step and saves. Where a loss or a gradient is not finite it stops, and names the clips of that step.
 
-Differences from big trainers: one process, no configuration files, no logger but a file of JSON lines.
+**Several processes** (parallel.py) share a batch; `--accumulate` cuts it into parts, whose gradients are
+summed, and `--checkpoint-activations` computes the insides of a block again when their gradients are needed:
+two ways to pay for memory with time, the losses stay the same.
+
+Differences from big trainers: no configuration files, no logger but a file of JSON lines.
 """
 
 import copy
