@@ -17,6 +17,7 @@ Left out: end-to-end comparisons with trained peers, whose weights are of anothe
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -39,7 +40,7 @@ from flow import flow_loss
 from grow import randomise
 from reader import get_reader
 from report import attributes
-from sample import autocast, newest_checkpoint, pick_device, pick_precision
+from sample import STEPS, autocast, newest_checkpoint, pick_device, pick_precision
 from study import machine
 from train import update_ema
 
@@ -261,23 +262,41 @@ def bench_train(args):
 
 
 def bench_sample(args):
-    """Scores and time over the number of steps of the solver: a table and a picture."""
-    checkpoint, reader = newest_checkpoint(), get_reader()
-    points = {}
+    """Scores and time over the number of steps of the solver, of the newest run: a table and a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    checkpoint, reader, points = newest_checkpoint(), get_reader(), {}
     for steps in (1, 2, 3, 4, 6, 8, 10, 16, 32):
         begin = time.perf_counter()
         scores = evaluate(checkpoint, reader, args.count, steps, only=("seen",))["seen"]
-        points[steps] = (attributes(scores), scores["all"], (time.perf_counter() - begin) / args.count)
-    markdown(["steps", "mean over the attributes", "all right", "s per clip"], [
-        [steps, *(f"{value:.3f}" for value in row)] for steps, row in points.items()
-    ])  # fmt: skip
+        seconds = (time.perf_counter() - begin) / args.count
+        points[steps] = {
+            "mean of the attributes": attributes(scores),
+            "all right": scores["all"],
+            "s": seconds,
+        }
+    titles = list(points[1])
+    markdown(["steps", *titles], [[n, *(f"{v:.3f}" for v in row.values())] for n, row in points.items()])
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for title in titles[:2]:
+        axes.plot(list(points), [row[title] for row in points.values()], "o-", label=title)
+    axes.axvline(STEPS, color="0.7", zorder=0, label=f"the default, {STEPS}")
+    axes.set(xscale="log", xlabel="steps (Heun)", ylabel="share right", ylim=(0, 1), xticks=list(points))
+    axes.set_xticklabels(points)
+    axes.minorticks_off()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(Path(args.out).with_suffix(".png"), dpi=100)
     return points
 
 
 def bench_data(args):
     """How long a step waits for its clips: rendered as they are needed, or taken from memory."""
     world, device = ToyWorld("rich", 512, 0), pick_device(args.device)
-    rows = torch.randint(len(world), (32,))
+    rows, seeds = torch.randint(len(world), (32,)), itertools.count()
     config = PRESETS["tiny"]
     clips = world.batch(rows)[0].to(device)
     prompt = torch.randn(32, 64, config.text_dim, device=device), torch.ones(32, 64, device=device) > 0
@@ -287,7 +306,7 @@ def bench_data(args):
     sides = {
         "a step": lambda: (step(), update_ema(ema, model, 1, 0.99)),
         "clips from memory": lambda: world.batch(rows),
-        "clips rendered": lambda: ToyWorld("rich", 32, int(time.time() * 1e6)).batch(range(32)),
+        "clips rendered": lambda: ToyWorld("rich", 32, next(seeds)).batch(range(32)),
     }
     times = alternate(sides, args.repeats)
     lines = [[n, f"{1e3 * np.median(s):.1f}", ratio(times, n, "a step")] for n, s in times.items()]
@@ -305,10 +324,11 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     parser.add_argument("--out", help="file for the numbers (runs/bench-PART.json)")
     args = parser.parse_args(argv)
+    args.out = args.out or f"runs/bench-{args.part}.json"
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     print(machine())
     result = parts[args.part](args)
-    out = Path(args.out or f"runs/bench-{args.part}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(), "arguments": vars(args), "result": result}, indent=1))
     print(f"written to {out}")
 

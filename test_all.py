@@ -1118,9 +1118,10 @@ def test_llm_branch_reads_its_own_text():
 @pytest.mark.parametrize(
     "config", [SMALL, replace(SMALL, llm_dim=10, depth=2, lora_rank=3, llm_refiner=2), dit.PRESETS["nano"]]
 )
-def test_flops_against_torch(config):
+def test_flops_against_torch(config, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr(dit, "attention", partial(attention, backend="eager"))  # the fused one is not counted
     model = random_model(config)
     x, t, text, mask = random_inputs(config, batch=1)
     llm = (torch.randn(1, 6, config.llm_dim), torch.ones(1, 6, dtype=torch.bool)) if config.llm_dim else ()
@@ -2711,6 +2712,7 @@ def test_bench(tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(bench, "SHAPES", {"self": (1, 2, 5, 5, 8), "text": (1, 2, 5, 3, 8)})
     monkeypatch.setattr(bench, "kernel_resources", lambda: [])
     monkeypatch.setattr(bench, "get_reader", lambda: reader.Reader().eval())
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # a minute
     config = replace(SMALL, frames=8, size=32, text_dim=384)
     save_model(tmp_path, random_model(config).state_dict(), config, text_encoder="minilm", history=[])
     monkeypatch.setattr(bench, "newest_checkpoint", lambda: tmp_path)
