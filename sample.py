@@ -41,7 +41,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from dit import check_shape
 from draw import FPS
-from text_encoder import NULL_PROMPT, bf16_is_fast, cut, encoders, make_encoder
+from text_encoder import NULL_PROMPT, bf16_is_fast, encode, encoders, make_encoder
 
 STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
 
@@ -234,13 +234,13 @@ def main(argv=None):
     prompt, null = [], []  # features and mask of each encoder
     texts = prompts
     for name, layers in encoders(header, model.config.llm_dim):
-        encoder = make_encoder(name, layers)
+        encoder = None  # not needed for texts that it has read before
         if args.recaption and layers:
+            encoder = make_encoder(name, layers)
             texts = [recaptioned(encoder, text) for text in tqdm(prompts, "re-captioning")]
-        for line in cut(encoder, texts):
-            print(f"note: {line}")
-        prompt += encoder(texts)
-        null += encoder([NULL_PROMPT])
+        features = encode(texts, name, layers, encoder)
+        prompt += features.batch(texts)
+        null += features.batch([NULL_PROMPT])
     lap("text")
 
     def draw(seed, number):  # by number, so that --num 4 begins with the videos of --num 2

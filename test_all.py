@@ -1944,6 +1944,9 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
     assert numbers(run)[-1]["step"] == 50
     again = run_training(tmp_path / "again", encoder_name, "--from", str(run))
     sample.main(["a red cat", "--from", str(again), "--out", str(tmp_path), "--steps", "2"])
+    with pytest.MonkeyPatch.context() as context:  # what was read is not read again
+        context.setattr(text_encoder, "make_encoder", None)
+        sample.main(["a red cat", "--from", str(again), "--out", str(tmp_path), "--steps", "1"])
     assert (tmp_path / "a-red-cat.mp4").exists() and not (tmp_path / "a-red-cat.txt").exists()
     monkeypatch.setattr(
         text_encoder.LanguageModel,

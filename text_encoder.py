@@ -363,13 +363,12 @@ class Features:
         return self.flat[tokens] * mask.unsqueeze(-1), mask
 
 
-def encode(texts: list[str], name: str = "minilm", layers: str | None = None) -> Features:
-    """Features of the texts and of the null prompt, from the cache if the same texts went through the same
-    encoder before: a LanguageModel if `layers` are named, else a TextEncoder. Batches are sorted by length,
-    so that little is padded."""
+def encode(texts: list[str], name: str = "minilm", layers: str | None = None, encoder=None) -> Features:
+    """Features of the texts and of the null prompt, from the cache if the same encoder has read the same
+    before: a LanguageModel if `layers` are named, else a TextEncoder; or `encoder`, if it is there already.
+    Batches are sorted by length, so that little is padded."""
     texts = sorted({NULL_PROMPT, *texts})
-    source = Path(locate(name))
-    files = sorted(source.glob("*")) if source.is_dir() else []
+    files = sorted(Path(locate(name)).glob("*"))  # none of a Hub id
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([name, layers, weights, CODE, texts]).encode()).hexdigest()[:32]
     path = cache_dir() / f"features-{key}.safetensors"
@@ -378,7 +377,8 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None) ->
         return Features(texts, saved["flat"], saved["lengths"])
     except (OSError, SafetensorError, KeyError):  # not there yet, or cut off
         pass
-    encoder = make_encoder(name, layers)
+    encoder = encoder or make_encoder(name, layers)
+    print(end="".join(f"note: {line}\n" for line in cut(encoder, texts)[:3]))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     chunks = [order[i : i + 128] for i in range(0, len(order), 128)]
