@@ -40,6 +40,7 @@ Left out: training the encoder, pooled vectors (the model attends to tokens), we
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -220,7 +221,8 @@ class LanguageModel:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.dim = self.model.config.hidden_size
         self.before, self.after = self.template().split("PROMPT")
-        self.crop = len(self.tokenizer(self.before, add_special_tokens=False)["input_ids"])
+        before = self.tokenizer(self.before, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        self.crop, self.past = before.shape[1], self.model.model(before, use_cache=True).past_key_values
         self.centre, self.spread = 0.0, 1.0
         features, mask = self([*EXAMPLES, *(short + rest for short, rest in EXAMPLES.items()), INSTRUCTION])
         spread, self.centre = torch.std_mean(features[mask].float(), 0)  # (dim,) each
@@ -243,14 +245,16 @@ class LanguageModel:
             [self.before + text + self.after for text in texts], add_special_tokens=False,
             padding=True, truncation=True, max_length=self.crop + LLM_TOKENS, return_tensors="pt",
         )  # fmt: skip
+        past = copy.deepcopy(self.past)  # keys and values of what comes before every text: computed once
+        past.batch_repeat_interleave(len(texts))
         hidden = self.model.model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], output_hidden_states=True
-        ).hidden_states  # layers + 1 of (B, L, dim)
-        chosen = {"last": hidden[-1:], "middle": hidden[len(hidden) // 2 :][:1], "mean": hidden[1:]}[
-            self.layers
-        ]
+            input_ids=tokens["input_ids"][:, self.crop :], attention_mask=tokens["attention_mask"],
+            past_key_values=past, output_hidden_states=True,
+        ).hidden_states  # layers + 1 of (B, L, dim)  # fmt: skip
+        middle = hidden[len(hidden) // 2]
+        chosen = {"last": hidden[-1:], "middle": [middle], "mean": hidden[1:]}[self.layers]
         mask = tokens["attention_mask"][:, self.crop :].bool()
-        features = normalise(sum(normalise(h[:, self.crop :].float()) for h in chosen))
+        features = normalise(sum(normalise(h.float()) for h in chosen))
         return ((features - self.centre) / self.spread).bfloat16() * mask.unsqueeze(-1), mask
 
     @torch.no_grad()
@@ -329,12 +333,9 @@ def normalise(x):
 
 def cut(encoder, texts: list[str]) -> list[str]:
     """A line about each text that the encoder does not read to its end."""
-    lengths = [len(tokens) for tokens in encoder.tokenizer(texts)["input_ids"]]
-    return [
-        f"{encoder.name} reads {encoder.max_length} of the {n} tokens of {text[:30]!r}..."
-        for text, n in zip(texts, lengths, strict=True)
-        if n > encoder.max_length
-    ]
+    counted = zip(texts, map(len, encoder.tokenizer(texts)["input_ids"]), strict=True)
+    told = f"{encoder.name} reads {encoder.max_length} of the"
+    return [f"{told} {n} tokens of {text[:30]!r}..." for text, n in counted if n > encoder.max_length]
 
 
 def make_encoder(name: str, layers: str | None = None) -> TextEncoder | LanguageModel:
@@ -343,8 +344,7 @@ def make_encoder(name: str, layers: str | None = None) -> TextEncoder | Language
 
 
 class Features:
-    """The features of a fixed list of texts and of the null prompt, in memory; `save` and `load` keep them in
-    a file."""
+    """The features of a fixed list of texts and of the null prompt, in memory."""
 
     def __init__(self, texts: list[str], flat: torch.Tensor, lengths: torch.Tensor):
         """flat (sum of lengths, dim): the tokens of all texts, one text after the other."""
@@ -381,16 +381,15 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None, en
     print(end="".join(f"note: {line}\n" for line in cut(encoder, texts)[:3]))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
-    chunks = [order[i : i + 128] for i in range(0, len(order), 128)]
-    for chunk in tqdm(chunks, "reading captions", unit_scale=128, disable=len(texts) < 500):
+    starts = tqdm(range(0, len(order), 128), "reading captions", unit_scale=128, disable=len(texts) < 500)
+    for chunk in (order[i : i + 128] for i in starts):
         features, mask = encoder([texts[i] for i in chunk])
         for i, feature, real in zip(chunk, features, mask, strict=True):
             found[i] = feature[real]
     flat, lengths = torch.cat(found), torch.tensor([len(f) for f in found])
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        pass
-    save_file({"flat": flat, "lengths": lengths}, file.name)
-    os.replace(file.name, path)
+    new = path.with_suffix(f".{os.getpid()}")
+    save_file({"flat": flat, "lengths": lengths}, new)
+    new.replace(path)
     return Features(texts, flat, lengths)
 
 
