@@ -82,7 +82,7 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cpu or cuda [auto: a GPU if there is one]")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="[auto: bf16 where it is fast]")
     compiling = argparse.BooleanOptionalAction
-    add("--accumulate", type=int, default=1, help="parts a batch is cut into, to save memory [1]")
+    add("--accumulate", type=int, default=1, help="parts, at most, a batch is cut into, to save memory [1]")
     add("--checkpoint-activations", action="store_true", help="save memory: a third more to compute [off]")
     add("--shard", action="store_true", help="by torchrun: cut the model into slices, one per process [off]")
     add("--compile", action=compiling, help="torch.compile [on, if there is a C++ compiler]")

@@ -9,9 +9,10 @@ variance one.
 
 Three backends compute the same function. `eager` is the maths, written out; it stores the (N, L) matrix of
 weights, which costs memory quadratic in the number of tokens and is the way to read. `sdpa` is torch's fused
-`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `triton` on a GPU where it
-is installed and can do it, and else `sdpa`, but `eager` in bfloat16 on a CPU, where batched matrix products
-over a few hundred tokens were faster than the fused loop (`python bench.py attention` compares them).
+`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `triton` on a GPU in types
+of 16 bits where it is installed and can do it, and else `sdpa`, but `eager` in bfloat16 on a CPU, where
+batched matrix products over a few hundred tokens were faster than the fused loop (`python bench.py attention`
+compares them).
 
 **The kernel** (FlashAttention-2, arXiv 2307.08691) never stores the matrix. Fast memory on the chip holds a
 *tile* of a few dozen queries, or keys, at a time. A program takes one tile of queries and walks over the
@@ -37,6 +38,7 @@ at once. The only mask is one over keys, since prompts in a batch have different
 """
 
 import math
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,7 @@ except ImportError:  # there are two other backends
 BACKENDS = ("auto", "eager", "sdpa", "triton")
 HEAD_DIMS = (32, 64, 128)  # what the kernel can do
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BUILDS = any(map(shutil.which, ("gcc", "clang")))  # Triton makes its launcher with a C compiler
 
 
 def attention(q, k, v, mask=None, backend="auto"):
@@ -63,7 +66,7 @@ def attention(q, k, v, mask=None, backend="auto"):
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "auto":
-        able = triton and q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+        able = triton and BUILDS and q.is_cuda and q.shape[-1] in HEAD_DIMS and v.dtype in DTYPES[1:]
         slow = q.device.type == "cpu" and v.dtype == torch.bfloat16  # sdpa, above all its backward
         backend = "triton" if able else "eager" if slow else "sdpa"
     if backend == "triton":

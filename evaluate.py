@@ -212,17 +212,15 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Sample `count` clips of each prompt set and read them -> {set: scores}, and under "val_loss" and
     "rich_loss" the loss by t on `basic` with short captions and on `rich` with detailed ones. `read` is how
-    prompts become features; `only` names the sets to sample, if not all."""
+    prompts become features; `only` names the sets to sample, if not all, without losses."""
     device = pick_device(device)
     precision = pick_precision("auto", device)
     model, header = load_model(checkpoint)
     model.to(device)
     sets = {name: prompts for name, prompts in prompt_sets(count).items() if name in (only or (name,))}
     few, clip = min(256, 8 * count), (model.config.frames, model.config.size)
-    held_out = {
-        "val_loss": ToyWorld("basic", few, 1, *clip),
-        "rich_loss": ToyWorld("rich", few, 1, *clip, "detailed"),
-    }
+    kinds = {} if only else {"val_loss": ("basic", "short"), "rich_loss": ("rich", "detailed")}
+    held_out = {name: ToyWorld(kind, few, 1, *clip, captions) for name, (kind, captions) in kinds.items()}
     texts = [c for world in held_out.values() for c in world.captions]
     texts += [c for _, captions in sets.values() for c in captions]
     prompts = read(texts, header, model.config.llm_dim)

@@ -6,9 +6,10 @@ overlaps with the backward pass (`DistributedDataParallel`). As the shares are e
 is the mean over the batch, so the losses are those of one process, but for the order of sums; and since
 nothing random belongs to a process, a run may be resumed by more or fewer of them.
 
-**Models larger than a device** (`--shard`, FSDP2's `fully_shard`). Each process keeps a slice of every
-parameter, of its gradient, its moments and its EMA. A block's parameters are gathered when it is its turn and
-dropped afterwards. Only process 0 puts a whole model together, to validate, to draw samples and to save.
+**Models that do not fit a device with gradients and moments** (`--shard`, FSDP2's `fully_shard`). Each
+process keeps a slice of every parameter, of its gradient, its moments and its EMA. A block's parameters are
+gathered when it is its turn and dropped afterwards. Only process 0 puts a whole model together, to validate,
+to draw samples and to save; the averaged weights alone must fit on its device.
 
 Process 0 alone prints and writes. When to stop is agreed on before every step, or some would wait for others
 that have left. If one dies, the others lose their connection to it and end as well.
@@ -20,6 +21,7 @@ sequence; a model that fits on one device with its activations checkpointed need
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,19 +30,21 @@ from torch.nn.parallel import DistributedDataParallel
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
-def join(batch):
-    """Join the processes that torchrun has started, if it has, and take a GPU each. Raises ValueError if
-    there are too few of them, or a batch of `batch` clips cannot be shared out."""
+def join(batch, device="auto"):
+    """Join the processes that torchrun has started, if it has, and take a GPU each, unless `device` is "cpu".
+    Raises ValueError if there are too few of them, or a batch of `batch` clips cannot be shared out."""
     if WORLD == 1 or dist.is_initialized():
         return
     if batch % WORLD:
         raise ValueError(f"--batch {batch} cannot be shared by {WORLD} processes: it must be a multiple")
-    if torch.cuda.is_available():
+    on_gpus = torch.cuda.is_available() and device != "cpu"
+    if on_gpus:
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= gpus:
             raise ValueError(f"there are {gpus} GPUs here: torchrun --nproc-per-node {gpus}, no more")
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may have much to read first
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
@@ -53,7 +57,8 @@ def leave():
 
 def lost(error) -> bool:
     """Whether an error says that another process is gone."""
-    return WORLD > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "store"))
+    words = ("gloo", "NCCL", "Connection", "store")
+    return WORLD > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def agree(*numbers: float) -> list[float]:
@@ -87,16 +92,18 @@ def share(rows):
     return rows.chunk(WORLD)[RANK]
 
 
-def distribute(model, ema, shard):
+def distribute(model, ema, shard, device):
     """Let all processes train `model` -> what to call in its place, so that gradients are averaged. With
     `shard` both models are cut into slices."""
     if shard:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(device.type, (WORLD,))
         for network in (model, ema):
             for block in network.blocks:
-                fully_shard(block)
-            fully_shard(network)
+                fully_shard(block, mesh=mesh)
+            fully_shard(network, mesh=mesh)
     elif WORLD > 1:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
@@ -110,6 +117,12 @@ def not_yet(model):
 def whole(tensor):
     """All of a tensor of which each process has a slice; all must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collect(tensor):
+    """All of a tensor, on the CPU, in process 0; elsewhere nothing. All must ask for it."""
+    tensor = whole(tensor)
+    return tensor.cpu() if RANK == 0 else None
 
 
 def slice_like(tensor, parameter):

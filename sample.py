@@ -136,7 +136,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where Triton launches its kernels
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
 

@@ -21,7 +21,7 @@ from another set of the toy world, or other captions, the loss on those is watch
 folder that its header names is not opened: a checkpoint may come from anywhere.)
 
 **A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
-args.json. One process trains in it at a time. It may be killed at any moment, and `--resume` goes on from the
+args.json. One training runs in it at a time. It may be killed at any moment, and `--resume` goes on from the
 last checkpoint to the same bits as if nothing had happened; asked to stop (Ctrl-C, SIGTERM) it finishes its
 step and saves. Where a loss or a gradient is not finite it stops, and names the clips of that step.
 
@@ -169,7 +169,7 @@ def train(args, started=None, read=Prompts):
     """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
     began at `started` (`time.perf_counter`), by default now. `read` is how prompts become features. Raises
     ValueError or OSError, in one line, for whatever the user can mend, and SystemExit after a stop."""
-    parallel.join(args.batch)
+    parallel.join(args.batch, args.device)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(Path(args.out) / "lock", timeout=0) if RANK == 0 else nullcontext():
@@ -241,12 +241,13 @@ def train_alone(args, started, read):
     config = model.config
     args.tune = args.tune or ("lora" if config.lora_rank else "all")
     freeze(model, ema, args.tune, header.get("new", ()))
-    step_flops = args.batch * count_flops(model, lengths)
+    step_flops = args.batch * count_flops(model, lengths)  # as if each prompt were as long as the longest
     if args.shard:  # what is trained is cut into slices; process 0 looks at, and saves, what it gathers
-        whole, whole_ema = copy.deepcopy(model), copy.deepcopy(ema).to(device)
+        whole = copy.deepcopy(model).to("cpu" if RANK == 0 else "meta")
+        whole_ema = copy.deepcopy(ema).to(device if RANK == 0 else "meta")
     else:
         whole, whole_ema = model.to(device), ema.to(device)
-    network = parallel.distribute(model, ema, args.shard)
+    network = parallel.distribute(model, ema, args.shard, device)
     wider = (config.width / 128) ** 0.5  # the peak is kept from run to run, but falls with this
     peak_at_128 = args.lr * wider if args.lr else state.get("peak_at_128", 3e-3)
     peak = peak_at_128 / wider
@@ -308,7 +309,7 @@ def train_alone(args, started, read):
         parallel.gather(model, whole)
         parallel.gather(ema, whole_ema)
         moments = {
-            name: {kind: parallel.whole(tensor) for kind, tensor in optimiser.state[parameter].items()}
+            name: {kind: parallel.collect(tensor) for kind, tensor in optimiser.state[parameter].items()}
             for name, parameter in trained.items()
             if parameter in optimiser.state
         }
