@@ -376,6 +376,9 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
     targets = found["growth"].get("large from scratch", {})
     seeds = ", ".join(map(str, sorted({r["seed"] for r in every})))
     short, details = [f"Mean ± standard deviation over seeds {seeds}."], []
+    wanted = 3 * sum(arm[0] != "_" for arms in parts.values() for arm in arms)
+    if len(every) < wanted:
+        short[0] += f" Under way: {len(every)} of {wanted} runs are in."
     if (file := results / "reader.json").is_file():
         details += ["## The reader", "What it reads of true clips:", table(json.loads(file.read_text()))]
     if found["growth"]:
