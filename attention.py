@@ -176,7 +176,7 @@ if triton:
                 head, rows, cols, scale, H, N, L, MASKED,
             )  # fmt: skip
             summed += product(ds.to(keys.dtype), keys)
-        store_tile(dq, head, rows, N, D, summed * (scale * 0.6931471805599453))  # log 2: 1 / sqrt(d) is left
+        store_tile(dq, head, rows, N, D, summed * D**-0.5)
 
     @triton.jit
     def dkv_kernel(
@@ -197,7 +197,7 @@ if triton:
             )  # fmt: skip
             summed_v += product(tl.trans(p.to(slopes.dtype)), slopes)
             summed_k += product(tl.trans(ds.to(queries.dtype)), queries)
-        store_tile(dk, head, cols, L, D, summed_k * (scale * 0.6931471805599453))
+        store_tile(dk, head, cols, L, D, summed_k * D**-0.5)
         store_tile(dv, head, cols, L, D, summed_v)
 
 

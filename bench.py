@@ -39,7 +39,7 @@ from evaluate import evaluate
 from flow import flow_loss
 from grow import randomise
 from reader import get_reader
-from report import attributes
+from report import attributes, markdown
 from sample import STEPS, autocast, newest_checkpoint, pick_device, pick_precision
 from study import machine
 from train import update_ema
@@ -80,12 +80,6 @@ def peak(device, precision, n=2048) -> float:
     return 2 * n**3 / min(alternate({"product": lambda: a @ b}, 10)["product"])
 
 
-def markdown(titles, rows):
-    """Print a table."""
-    for line in (titles, ["---"] * len(titles), *rows):
-        print("| " + " | ".join(str(cell) for cell in line) + " |")
-
-
 # --------------------------------------------------------------------------------------------------------
 # What is measured
 
@@ -101,28 +95,21 @@ def kernel_resources():
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     known = {"mask": "*u8", "log_sums": "*fp32", "deltas": "*fp32", "scale": "fp32"}
     known |= dict.fromkeys("HNL", "i32") | dict.fromkeys(("MASKED", "D", "TILE"), "constexpr")
-    for sm in (80, 90):
-        for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel):
-            for dtype in kernels.DTYPES:
-                for d in kernels.HEAD_DIMS:
-                    signature = {name: known.get(name, f"*{names[dtype]}") for name in kernel.arg_names}
-                    fixed = {"MASKED": True, "D": d, "TILE": kernels.tile_size(dtype, d)}
-                    aligned = {  # as tensors are
-                        (i,): [["tt.divisibility", 16]]
-                        for i, name in enumerate(kernel.arg_names)
-                        if signature[name].startswith("*")
-                    }
-                    source = ASTSource(kernel, signature, fixed, aligned)
-                    built = triton.compile(source, GPUTarget("cuda", sm, 32), options=kernels.LAUNCH)
-                    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                        Path(file.name).write_bytes(built.asm["cubin"])
-                        told = subprocess.run(
-                            [tool, "-res-usage", file.name], stdout=-1, text=True, check=True
-                        )
-                    used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told.stdout)
-                    registers, stack, local = map(int, used.groups())
-                    row = kernel.__name__, names[dtype], d, registers, built.metadata.shared
-                    yield (f"sm_{sm}", *row, stack + local)
+    made = (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel)
+    for sm, kernel, dtype, d in itertools.product((80, 90), made, kernels.DTYPES, kernels.HEAD_DIMS):
+        signature = {name: known.get(name, f"*{names[dtype]}") for name in kernel.arg_names}
+        fixed = {"MASKED": True, "D": d, "TILE": kernels.tile_size(dtype, d)}
+        pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as tensors are
+        source = ASTSource(kernel, signature, fixed, aligned)
+        built = triton.compile(source, GPUTarget("cuda", sm, 32), options=kernels.LAUNCH)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(built.asm["cubin"])
+            told = subprocess.run([tool, "-res-usage", file.name], stdout=-1, text=True, check=True)
+        used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told.stdout)
+        registers, stack, local = map(int, used.groups())
+        shared = built.metadata.shared
+        yield f"sm_{sm}", kernel.__name__, names[dtype], d, registers, shared, stack + local
 
 
 def bench_attention(args):
@@ -150,12 +137,12 @@ def bench_attention(args):
             ratios = [ratio(times, backend, "sdpa") for backend in backends[1:]]
             rows.append([shape_name, f"{B} x {H} x {N} x {L} x {d}", passes, *medians, *ratios])
     titles = ["attention", "B x heads x N x L x d", "passes", *(f"{b}, ms" for b in backends)]
-    markdown([*titles, *(f"{b} over sdpa" for b in backends[1:])], rows)
+    print(markdown([*titles, *(f"{b} over sdpa" for b in backends[1:])], rows))
     resources = []
     if kernels.triton:
         resources = list(tqdm(kernel_resources(), "compiling the kernel", total=54, leave=False))
-        print()
-        markdown(["GPU", "kernel", "type", "d", "registers", "shared memory", "spilled"], resources)
+        titles = ["GPU", "kernel", "type", "d", "registers", "shared memory", "spilled"]
+        print("\n" + markdown(titles, [map(str, row) for row in resources]))
     return {"seconds": seconds, "resources": resources}
 
 
@@ -215,16 +202,16 @@ def bench_train(args):
     best = peak(device, precision)
     print(f"{str(precision or torch.float32)[6:]} matrix products: {best / 1e9:.0f} GFLOP/s at their best")
 
-    def batch(config, count, length=32):
+    def batch(config, count):
         clips = torch.randn(count, 3, config.frames, config.size, config.size, device=device)
-        features = torch.randn(count, length, config.text_dim, device=device)
-        return clips, (features, torch.ones(count, length, dtype=torch.bool, device=device))
+        features = torch.randn(count, 32, config.text_dim, device=device)
+        return clips, (features, torch.ones(count, 32, dtype=torch.bool, device=device))
 
-    def ours(config, count, compiled, length=32):
+    def ours(config, count, compiled):
         model = randomise(DiT(config)).to(device)
         for block in model.blocks if compiled else ():
             block.compile()
-        return stepper(model, model, *batch(config, count, length), precision)
+        return stepper(model, model, *batch(config, count), precision)
 
     result = {"peak": best}
     for name, config, count in (("tiny", PRESETS["tiny"], 32), ("width 256, 6 blocks", PEER, 16)):
@@ -240,7 +227,8 @@ def bench_train(args):
             speed = f"{count / np.median(seconds):.1f}"
             rows.append([side, speed, *(ratio(times, side, s) for s in ("eager", "compiled")), share])
         print(f"\n{name}, {config.tokens()} tokens, batch {count}:")
-        markdown(["step", "clips/s", "time over eager", "time over compiled", "share of the peak"], rows)
+        titles = ["step", "clips/s", "time over eager", "time over compiled", "share of the peak"]
+        print(markdown(titles, rows))
         result[name] = times
     print("\nThe exponents of cost: a step takes about as long as the size to the power of")
     ways = {
@@ -257,7 +245,7 @@ def bench_train(args):
         told = ", ".join(f"{1e3 * m:.0f}" for m in medians)
         rows.append([way, f"{exponent:.2f}", told])
         result[f"cost over {way}"] = times
-    markdown(["size", "exponent", "ms at 1, 2, 4 and 8 times of it"], rows)
+    print(markdown(["size", "exponent", "ms at 1, 2, 4 and 8 times of it"], rows))
     return result
 
 
@@ -273,15 +261,12 @@ def bench_sample(args):
         begin = time.perf_counter()
         scores = evaluate(checkpoint, reader, args.count, steps, only=("seen",))["seen"]
         seconds = (time.perf_counter() - begin) / args.count
-        points[steps] = {
-            "mean of the attributes": attributes(scores),
-            "all right": scores["all"],
-            "s": seconds,
-        }
-    titles = list(points[1])
-    markdown(["steps", *titles], [[n, *(f"{v:.3f}" for v in row.values())] for n, row in points.items()])
+        right = {"mean of the attributes": attributes(scores), "all right": scores["all"]}
+        points[steps] = {**right, "s per clip": seconds}
+    rows = [[str(steps), *(f"{value:.3f}" for value in row.values())] for steps, row in points.items()]
+    print(markdown(["steps", *points[1]], rows))
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    for title in titles[:2]:
+    for title in right:
         axes.plot(list(points), [row[title] for row in points.values()], "o-", label=title)
     axes.axvline(STEPS, color="0.7", zorder=0, label=f"the default, {STEPS}")
     axes.set(xscale="log", xlabel="steps (Heun)", ylabel="share right", ylim=(0, 1), xticks=list(points))
@@ -309,8 +294,8 @@ def bench_data(args):
         "clips rendered": lambda: ToyWorld("rich", 32, next(seeds)).batch(range(32)),
     }
     times = alternate(sides, args.repeats)
-    lines = [[n, f"{1e3 * np.median(s):.1f}", ratio(times, n, "a step")] for n, s in times.items()]
-    markdown(["32 clips", "ms", "over a step"], lines)
+    rows = [[name, f"{1e3 * np.median(s):.1f}", ratio(times, name, "a step")] for name, s in times.items()]
+    print(markdown(["32 clips", "ms", "over a step"], rows))
     return times
 
 

@@ -217,7 +217,7 @@ def evaluate(
     precision = pick_precision("auto", device)
     model, header = load_model(checkpoint)
     model.to(device)
-    sets = {name: prompts for name, prompts in prompt_sets(count).items() if name in (only or (name,))}
+    sets = {name: prompts for name, prompts in prompt_sets(count).items() if not only or name in only}
     few, clip = min(256, 8 * count), (model.config.frames, model.config.size)
     kinds = {} if only else {"val_loss": ("basic", "short"), "rich_loss": ("rich", "detailed")}
     held_out = {name: ToyWorld(kind, few, 1, *clip, captions) for name, (kind, captions) in kinds.items()}

@@ -15,7 +15,7 @@ Process 0 alone prints and writes. When to stop is agreed on before every step, 
 that have left. If one dies, the others lose their connection to it and end as well.
 
 Left out: slices within a layer (tensor parallelism), stages in a row (pipeline parallelism), and sharing a
-sequence; a model that fits on one device with its activations checkpointed needs none of them.
+sequence.
 """
 
 import os
