@@ -14,6 +14,10 @@ dog". Whether a colour changes is read from the first and the last frame, each a
 **What it is trained on.** True renders of both sets, spoilt as models spoil them: blurred, noisy, blended
 between frames, off in colour, uneven from patch to patch. A reader that saw only clean clips would judge the
 artefacts.
+
+**One judge for all.** Training it takes minutes, and two machines do not get the same weights to the bit. So
+pretrained/ has one that judges for everybody; its name says which code made it. Where that
+code, or the world, was changed, a reader is trained anew and kept in the cache.
 """
 
 import hashlib
@@ -21,6 +25,7 @@ import inspect
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -188,24 +193,34 @@ def train_reader(steps=2000, batch=64, clips=16384, seed=0):
     return reader.eval()
 
 
+SHIPPED = Path(__file__).with_name("pretrained")
 READER_CODE = [  # a reader is as good as the code that made it
     inspect.getsource(thing) for thing in (draw, data, Reader, truth, spoil, reader_loss, train_reader)
 ]
 
 
-def get_reader(**training) -> Reader:
-    """The reader of this version of the world, trained once and then taken from the cache. `training` goes to
-    `train_reader`."""
+def get_reader(folder=None, **training) -> Reader:
+    """The reader of this version of the world: the one that came with it, or one that is trained once, put in
+    `folder`, by default the cache, and then taken from there. `training` goes to `train_reader`."""
+    folder = folder or cache_dir()
     key = hashlib.sha256(json.dumps([READER_CODE, training]).encode()).hexdigest()[:32]
-    path = cache_dir() / f"reader-{key}.safetensors"
-    reader = Reader().eval()
-    try:
-        reader.load_state_dict(load_file(path))
-        return reader
-    except (OSError, SafetensorError, RuntimeError):  # not there yet, or cut off
-        reader = train_reader(**training)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+    name, reader = f"reader-{key}.safetensors", Reader().eval()
+    for place in (SHIPPED, folder):
+        try:
+            reader.load_state_dict(load_file(place / name))
+            return reader
+        except (OSError, SafetensorError, RuntimeError):  # not there, or cut off
+            pass
+    reader = train_reader(**training)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
         pass
     save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, file.name)
-    os.replace(file.name, path)
+    os.replace(file.name, folder / name)
     return reader
+
+
+if __name__ == "__main__":  # where the world was changed: train another one to take its place
+    SHIPPED.mkdir(exist_ok=True)
+    for old in SHIPPED.glob("reader-*"):
+        old.unlink()
+    get_reader(SHIPPED)

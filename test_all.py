@@ -2165,16 +2165,29 @@ def test_prompt_sets_hold_what_they_say():
         assert len(scene.actors) > 1 and any(a.change or a.count > 1 for a in scene.actors)
 
 
-@pytest.mark.slow
-def test_the_reader_proves_itself():
+def test_the_shipped_reader_proves_itself(monkeypatch):
+    """It is that of this code (`python reader.py` makes one), and an honest one."""
+    monkeypatch.setattr(reader, "train_reader", None)
     judge = reader.get_reader()
     proof = evaluate.prove(judge)  # refuses below 0.98
     shuffled = proof["shuffled captions"]
     for name, options in (("subject", 8), ("colour", 6), ("motion", 8), ("background", 5)):
         assert shuffled[name] == pytest.approx(1 / options, abs=0.05)
-    assert reader.get_reader().state_dict().keys() == judge.state_dict().keys()  # from the cache
     with pytest.raises(ValueError, match="cannot be trusted"):
         evaluate.prove(reader.Reader().eval(), count=64)
+
+
+@pytest.mark.slow
+def test_a_reader_of_another_world_is_trained_once(monkeypatch, tmp_path):
+    first = reader.get_reader(tmp_path, steps=150, clips=2048)
+    world = data.ToyWorld("basic", 256, seed=901)
+    scores = evaluate.score(first, world.batch(range(256))[0], world.scenes)
+    chance = {"colour": 1 / 6, "motion": 1 / 8, "background": 1 / 5}
+    assert all(scores[name] > 1.5 * chance[name] for name in chance), scores
+    assert scores["background"] > 0.9 and scores["place"] > 0.7, scores
+    monkeypatch.setattr(reader, "train_reader", None)
+    again = reader.get_reader(tmp_path, steps=150, clips=2048)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
 
 
 # --------------------------------------------------------------------------------------------------------
