@@ -4,8 +4,9 @@ Draw a straight line between noise and a clip, x_t = t x + (1 - t) noise, with t
 (rectified flow, arXiv 2209.03003). Ask the model for the clip x at the end of the line; the velocity it
 implies is (x_predicted - x_t) / (1 - t), the true one is x - noise, and the loss is the squared difference of
 the two, which is the squared error of the clip over (1 - t)^2 (JiT, arXiv 2511.13720: predict x, weigh as
-velocity; 1 - t is not taken below 0.05). Times are logit-normal, sigmoid(N(-0.8, 0.8)): most of what is hard
-happens early, in noise.
+velocity; 1 - t is not taken below 0.05). Times are logit-normal, sigmoid(N(-1, 0.65)): what a clip shows is
+decided early, in noise. JiT takes N(-0.8, 0.8); in the batches of a small machine the rare late times, whose
+loss weighs most, then drown what the early ones teach (README, *Choices that were measured*).
 
 How a clip is made by following the velocity from noise is told in sample.py. Left out: other paths than the
 straight line, other predictions than the clip, weights of the loss, and pairing of noise with clips.
@@ -28,8 +29,8 @@ def flow_loss(model, x, t, noise, prompt):
 
 
 def time_of(normal):
-    """Standard normal numbers -> logit-normal times in (0, 1): sigmoid(N(-0.8, 0.8))."""
-    return torch.sigmoid(-0.8 + 0.8 * normal)
+    """Standard normal numbers -> logit-normal times in (0, 1): sigmoid(N(-1, 0.65))."""
+    return torch.sigmoid(-1 + 0.65 * normal)
 
 
 @torch.no_grad()

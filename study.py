@@ -4,10 +4,11 @@ ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the
 language model. Three parts, each with a base per seed, from which all its arms go on:
 
 **language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
-in the same order, with or without a branch that reads the hidden states of an LLM; a third of the captions is
-then hidden from the small encoder (train.py, `HIDDEN`). Two controls: the LLM reads the caption of another
-clip (what is gained then is parameters); the new branch reads MiniLM once more (what is gained then is a
-branch).
+in the same order, with or without a branch that reads the hidden states of an LLM; half of the captions is
+then hidden from the small encoder (train.py). The base has learned for twice as long: hiding captions from
+one that still learned to read them cost more than the LLM gave. Two controls: the LLM reads the caption of
+another clip (what is gained then is parameters); the new branch reads MiniLM once more (what is gained then
+is a branch).
 
 **growth** - is it better to grow? The base has learned `basic`, one actor and short captions; the arms go on
 with `rich`, several actors and long captions. All may spend the same number of FLOPs, those of the base
@@ -24,8 +25,9 @@ where only ends are compared, rates decay.)
 
 **What is measured.** The reader (reader.py, evaluate.py) scores clips for prompts never seen; losses are
 those on held-out clips with fixed noise. Scoring six sets of 200 prompts takes nearly as many FLOPs as to
-train an arm of part growth, so that part makes do with 100. Differences are taken within a seed. The spread
-is over seeds, which decide weights, batches and noise; clips, captions and test prompts are the same for all.
+train an arm of part growth, so that part makes do with 100. Six steps of the solver do, as more do not change
+the scores (README, *Speed*). Differences are taken within a seed. The spread is over seeds, which decide
+weights, batches and noise; clips, captions and test prompts are the same for all.
 
 **What is kept.** One JSON per arm and seed in results/PART/: arguments, revision of the code, machine, curve
 of the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and
@@ -55,12 +57,13 @@ from train import parse_arguments, train
 
 # Each part: {arm: (the arm it goes on from, what train.py is told)}. An arm that is there for others to go on
 # from, and for nothing else, begins with an underscore and is not scored.
-VARIED = "--data basic --words varied --clips 8192 --batch 16 --steps 3000 --every 1000 "
-LLM = VARIED + "--drop-text 0.35 --grow llm --llm-features "
-SHARED = VARIED + "--drop-text 0 --grow llm --llm-features mean"  # the small encoder reads all captions too
+VARIED = "--data basic --words varied --clips 8192 --batch 16 --every 2000 "
+MORE = VARIED + "--steps 4000 "
+LLM = MORE + "--drop-text 0.5 --grow llm --llm-features "
+SHARED = MORE + "--drop-text 0 --grow llm --llm-features mean"  # the small encoder reads all captions too
 LANGUAGE = {
-    "base": (None, "--preset nano --batch 16 --steps 3000 --every 1000 --decay 0"),
-    "base encoder": ("base", VARIED),
+    "base": (None, VARIED + "--preset nano --steps 8000 --decay 0"),
+    "base encoder": ("base", MORE),
     "llm last": ("base", LLM + "last"),
     "llm middle": ("base", LLM + "middle"),
     "llm mean": ("base", LLM + "mean"),
@@ -226,8 +229,9 @@ def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
     result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
     result["flops"] = load_model(run)[1]["flops"]
     if part != "timing" and arm[0] != "_":
-        effort = {"count": 2, "steps": 1} if quick else {"count": 100 if part == "growth" else 200}
-        result["scores"] = evaluate(run, reader, **effort, seed=seed, read=READ.get(arm, Prompts))
+        count, steps = (2, 1) if quick else (100 if part == "growth" else 200, 6)
+        read = READ.get(arm, Prompts)
+        result["scores"] = evaluate(run, reader, count, steps, seed=seed, read=read)
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")
     whole.write_text(json.dumps(result | {"curve": curve}))

@@ -1300,9 +1300,8 @@ def test_random_draws_depend_on_seed_and_step_only():
     assert not torch.equal(first[2], other[2])
     rows, t, noise, chance = first
     assert rows.min() >= 0 and rows.max() == 49 and len(rows.unique()) == 50
-    assert torch.logit(t).mean() == pytest.approx(-0.8, abs=0.05) and torch.logit(t).std() == pytest.approx(
-        0.8, abs=0.05
-    )
+    assert torch.logit(t).mean() == pytest.approx(-1, abs=0.05)
+    assert torch.logit(t).std() == pytest.approx(0.65, abs=0.05)
     assert noise.std() == pytest.approx(1, abs=0.05) and (
         chance < train.DROP
     ).float().mean() == pytest.approx(0.1, abs=0.02)
