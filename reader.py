@@ -16,8 +16,9 @@ between frames, off in colour, uneven from patch to patch. A reader that saw onl
 artefacts.
 
 **One judge for all.** Training it takes minutes, and two machines do not get the same weights to the bit. So
-pretrained/ has one that judges for everybody; its name says which code made it. Where that
-code, or the world, was changed, a reader is trained anew and kept in the cache.
+pretrained/ has one that judges for everybody; its name says which code made it. Where that code, or the
+world, was changed, a reader is trained anew and kept in the cache; `python reader.py` puts one in the other's
+place.
 """
 
 import hashlib
