@@ -6,7 +6,7 @@ implies is (x_predicted - x_t) / (1 - t), the true one is x - noise, and the los
 the two, which is the squared error of the clip over (1 - t)^2 (JiT, arXiv 2511.13720: predict x, weigh as
 velocity; 1 - t is not taken below 0.05). Times are logit-normal, sigmoid(N(-1, 0.65)): what a clip shows is
 decided early, in noise. JiT takes N(-0.8, 0.8); in the batches of a small machine the rare late times, whose
-loss weighs most, then drown what the early ones teach (README, *Choices that were measured*).
+loss weighs most, seem to drown what the early ones teach (README, *Choices that were measured*).
 
 How a clip is made by following the velocity from noise is told in sample.py. Left out: other paths than the
 straight line, other predictions than the clip, weights of the loss, and pairing of noise with clips.

@@ -5,10 +5,9 @@ language model. Three parts, each with a base per seed, from which all its arms 
 
 **language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
 in the same order, with or without a branch that reads the hidden states of an LLM; half of the captions is
-then hidden from the small encoder (train.py). The base has learned for twice as long: hiding captions from
-one that still learned to read them cost more than the LLM gave. Two controls: the LLM reads the caption of
-another clip (what is gained then is parameters); the new branch reads MiniLM once more (what is gained then
-is a branch).
+then hidden from the small encoder (train.py). The base has learned for twice as long; after shorter ones
+hiding captions cost more than the LLM gave. Two controls: the LLM reads the caption of another clip (what is
+gained then is parameters); the new branch reads MiniLM once more (what is gained then is a branch).
 
 **growth** - is it better to grow? The base has learned `basic`, one actor and short captions; the arms go on
 with `rich`, several actors and long captions. All may spend the same number of FLOPs, those of the base

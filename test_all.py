@@ -2164,10 +2164,10 @@ def test_prompt_sets_hold_what_they_say():
         assert len(scene.actors) > 1 and any(a.change or a.count > 1 for a in scene.actors)
 
 
-def test_the_shipped_reader_proves_itself(monkeypatch):
+def test_the_shipped_reader_proves_itself(monkeypatch, tmp_path):
     """It is that of this code (`python reader.py` makes one), and an honest one."""
     monkeypatch.setattr(reader, "train_reader", None)
-    judge = reader.get_reader()
+    judge = reader.get_reader(tmp_path)  # not from the cache
     proof = evaluate.prove(judge)  # refuses below 0.98
     shuffled = proof["shuffled captions"]
     for name, options in (("subject", 8), ("colour", 6), ("motion", 8), ("background", 5)):
