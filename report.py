@@ -301,6 +301,8 @@ def save_plot(figure, path):
 def plot_growth(found, starts, results: Path):
     """Loss on `rich` over FLOPs, and what was gained against what was forgotten."""
     figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
     for number, (arm, by_seed) in enumerate(found.items()):
         if "rich" not in by_seed[min(by_seed)]["arguments"] or "short" in arm:  # the latter's loss is another
             continue
