@@ -173,19 +173,17 @@ class Scene:
 # Drawing scenes at random
 
 
-def make_scene(which: str, seed: int, held_out: bool = False) -> Scene:
-    """A random scene of set `which`, "basic" or "rich". `held_out` asks for a pair of `HELD_OUT_PAIRS`
-    instead of avoiding them (basic only)."""
+def make_scene(which: str, seed: int, pairs: str = "train") -> Scene:
+    """A random scene of set `which`, "basic" or "rich". `pairs` of kind and motion: "train" avoids those of
+    `HELD_OUT_PAIRS`, "held_out" takes no others (basic only), "all" takes any."""
     rng = np.random.default_rng([seed, ("basic", "rich").index(which)])
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
     number = 1 if which == "basic" else int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3]))
     actors = []
     for kind in rng.permutation(KINDS)[:number]:  # kinds differ, so that "the cat" is one actor
         kind = str(kind)
-        if held_out:
-            motion = next(m for k, m in HELD_OUT_PAIRS if k == kind)
-        else:
-            motion = pick([m for m in MOTIONS if (kind, m) not in HELD_OUT_PAIRS])
+        kept = dict(HELD_OUT_PAIRS)[kind]  # from training
+        motion = kept if pairs == "held_out" else pick([m for m in MOTIONS if pairs == "all" or m != kept])
         colour = pick(COLOURS)
         change, count = "", 1
         if which == "rich" and rng.random() < 0.35:
@@ -200,13 +198,13 @@ def make_scene(which: str, seed: int, held_out: bool = False) -> Scene:
     return Scene(tuple(actors), pick(BACKGROUNDS), seed, relation, camera)
 
 
-def make_scenes(which: str, count: int, seed: int = 0, held_out: bool = False) -> list[Scene]:
+def make_scenes(which: str, count: int, seed: int = 0, pairs: str = "train") -> list[Scene]:
     """`count` scenes of set `which`, or of "both" in turn; the same arguments give the same scenes, and other
     seeds give other ones."""
     if which not in SETS:
         raise ValueError(f"no set of scenes is called {which!r}; there are {', '.join(SETS)}")
     names = SETS[which]
-    return [make_scene(names[i % len(names)], seed * 10_000_000 + i, held_out) for i in range(count)]
+    return [make_scene(names[i % len(names)], seed * 10_000_000 + i, pairs) for i in range(count)]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -308,10 +306,10 @@ def caption(scene: Scene, detail: str = "short", words: str = "train", omit: flo
 
 
 @functools.lru_cache(maxsize=6)
-def rendered(which, count, seed, frames, size):
-    """The clips of `make_scenes(which, count, seed)`, uint8 (count, 3, frames, size, size). The runs of a
-    study are of one process and draw the same ones, so the last few sets are kept."""
-    scenes = make_scenes(which, count, seed)
+def rendered(which, count, seed, pairs, frames, size):
+    """The clips of `make_scenes(which, count, seed, pairs)`, uint8 (count, 3, frames, size, size). The runs
+    of a study are of one process and draw the same ones, so the last few sets are kept."""
+    scenes = make_scenes(which, count, seed, pairs)
     chunks = [scenes[i : i + 128] for i in range(0, count, 128)]
     bar = tqdm(chunks, "rendering clips", unit_scale=128, disable=count < 500)
     return torch.cat([render(chunk, frames, size) for chunk in bar])
@@ -327,16 +325,16 @@ class ToyWorld:
 
     def __init__(
         self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", words="train", omit=0.1,
-        cache=True,
+        cache=True, pairs="train",
     ):  # fmt: skip
-        self.scenes = make_scenes(which, count, seed)
+        self.scenes = make_scenes(which, count, seed, pairs)
         self.names, self.problems = [f"{which} {scene.seed}" for scene in self.scenes], []
         details = ("short", "detailed") if detail == "both" else (detail,)
         self.captions = [  # i // 2, since sets alternate too
             caption(scene, details[i // 2 % len(details)], words, omit) for i, scene in enumerate(self.scenes)
         ]
         self.frames, self.size = frames, size
-        self.videos = rendered(which, count, seed, frames, size) if cache else None
+        self.videos = rendered(which, count, seed, pairs, frames, size) if cache else None
 
     def __len__(self):
         return len(self.scenes)

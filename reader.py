@@ -11,9 +11,10 @@ those come presence, colour, motion, change of size, count and place. Background
 the whole picture. Reading kind by kind keeps "a red cat and a blue dog" apart from "a blue cat and a red
 dog". Whether a colour changes is read from the first and the last frame, each as a clip of its own.
 
-**What it is trained on.** True renders of both sets, spoilt as models spoil them: blurred, noisy, blended
-between frames, off in colour, uneven from patch to patch. A reader that saw only clean clips would judge the
-artefacts.
+**What it is trained on.** True renders of both sets, with all pairs of kind and motion: those that models
+never see are to be judged too, and a reader that had not seen them either took half of them for others. They
+are spoilt as models spoil them: blurred, noisy, blended between frames, off in colour, uneven from patch to
+patch. A reader that saw only clean clips would judge the artefacts.
 
 **One judge for all.** Training it takes minutes, and two machines do not get the same weights to the bit. So
 pretrained/ has one that judges for everybody; its name says which code made it. Where that code, or the
@@ -166,13 +167,13 @@ def reader_loss(said, true):
     return loss
 
 
-def train_reader(steps=2000, batch=64, clips=16384, seed=0):
+def train_reader(steps=3000, batch=64, clips=16384, seed=0):
     """Train a reader on `clips` clips, half of them basic -> Reader in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = Reader().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
-    worlds = [ToyWorld(which, clips // 2, seed=900) for which in ("basic", "rich")]
+    worlds = [ToyWorld(which, clips // 2, seed=900, pairs="all") for which in ("basic", "rich")]
     truths = [truth(world.scenes) for world in worlds]
     optimiser = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.2)

@@ -161,8 +161,11 @@ def test_held_out_pairs_and_words_stay_out_of_training():
     pairs = {(a.kind, a.motion) for s in basic + rich for a in s.actors}
     assert not pairs & set(HELD_OUT_PAIRS) and len(pairs) == len(KINDS) * len(MOTIONS) - len(HELD_OUT_PAIRS)
     assert ("cat", "surf") in HELD_OUT_PAIRS
-    held_out = data.make_scenes("basic", 100, held_out=True)
+    held_out = data.make_scenes("basic", 100, pairs="held_out")
     assert {(s.actors[0].kind, s.actors[0].motion) for s in held_out} == set(HELD_OUT_PAIRS)
+    everything = data.ToyWorld("basic", 2000, pairs="all", cache=False).scenes
+    drawn = [(s.actors[0].kind, s.actors[0].motion) in HELD_OUT_PAIRS for s in everything]
+    assert abs(sum(drawn) / len(drawn) - 1 / len(MOTIONS)) < 0.03
 
     texts = [
         data.caption(s, d, words) for s in basic + rich for d in ("short", "detailed")
