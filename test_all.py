@@ -2180,6 +2180,20 @@ def test_the_shipped_reader_proves_itself(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_model_that_comes_along_draws_what_it_is_told(monkeypatch, tmp_path):
+    """With the real LLM, when there is no run: seen prompts, held-out pairs, and a good part of words that no
+    training had (0.12 of all four by its base)."""
+    monkeypatch.chdir(Path(reader.__file__).parent)
+    found = sample.newest_checkpoint(tmp_path)
+    assert found == Path("pretrained") and (found / "model.safetensors").stat().st_size < 20e6
+    assert "llm: llm_dim 0 -> 576" in tree(load_model(found)[1]["history"])
+    sets = "seen", "held-out pairs", "held-out words"
+    scores = evaluate.evaluate(found, reader.get_reader(), 100, 6, only=sets)
+    right = [scores[name]["all"] for name in sets]
+    assert right[0] > 0.9 and right[1] > 0.75 and right[2] > 0.2, right
+
+
+@pytest.mark.slow
 def test_a_reader_of_another_world_is_trained_once(monkeypatch, tmp_path):
     first = reader.get_reader(tmp_path, steps=150, clips=2048)
     world = data.ToyWorld("basic", 256, seed=901)
