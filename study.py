@@ -162,12 +162,12 @@ def machine() -> str:
 
 
 def find_revision() -> str:
-    """The commit that this code is at, with a + if files differ from it; "unknown" outside of git."""
+    """The commit that this code is at, with a + if some of it differs; "unknown" outside of git."""
     here = Path(__file__).parent
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "*.py"])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
