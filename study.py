@@ -167,7 +167,7 @@ def find_revision() -> str:
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "*.py"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", "*.py"])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
