@@ -2665,12 +2665,10 @@ def test_several_processes_are_refused(monkeypatch):
     assert not parallel.lost(ValueError("--data 'bookstore' is neither a set nor a folder"))
 
 
-def several(count, *argv, **how):
+def several(count, *argv, program="train.py", **how):
     """`torchrun --nproc-per-node COUNT train.py` with `argv`, begun; `how` goes to Popen."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.Popen(
-        [*torchrun, "train.py", *argv], cwd=HERE, text=True, stderr=subprocess.PIPE, **how
-    )
+    return subprocess.Popen([*torchrun, program, *argv], cwd=HERE, text=True, stderr=subprocess.PIPE, **how)
 
 
 def finish(process, status=0):
@@ -2703,6 +2701,24 @@ def test_several_processes(tmp_path, encoder_name):
             assert torch.allclose(a, b, atol=1e-3), name
         mine, other = (sorted(file.name for file in run.rglob("*")) for run in runs)
         assert mine == other  # process 0 alone writes
+
+
+@pytest.mark.slow
+def test_several_processes_end_well(tmp_path):
+    """With threads that rarely get at the interpreter about half of such ends were aborted, before they were
+    `leave`'s."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys, torch; sys.path.insert(0, {str(HERE)!r}); import parallel\n"
+        "parallel.join(4, 'cpu'); sys.setswitchinterval(60)\n"
+        "network = parallel.distribute(torch.nn.Linear(64, 64), None, False, torch.device('cpu'))\n"
+        "for _ in range(3):\n"
+        "    network(torch.randn(4, 64)).sum().backward()\n"
+        "    parallel.agree(0)\n"
+        "parallel.leave()\n"
+    )
+    for _ in range(3):
+        finish(several(4, program=str(program)))
 
 
 @pytest.mark.slow
