@@ -241,6 +241,17 @@ def savings(by_seed, targets) -> list:
     return factors
 
 
+def since_growth(arm, seed, by_arm, starts):
+    """A result whose curve begins with those of what the arm went on from, back to the last growth: the whole
+    life of that model. by_arm: {arm: {seed: result}}; starts: {arm: what it goes on from}."""
+    result, curve = by_arm[arm][seed], []
+    while True:
+        curve = by_arm[arm][seed]["curve"] + curve
+        if "--grow" in by_arm[arm][seed]["arguments"] or seed not in by_arm.get(starts[arm], {}):
+            return result | {"curve": curve}
+        arm = starts[arm]
+
+
 def timing_section(found, targets) -> list[str]:
     """The table of part timing; targets: {seed: result} of the large model from scratch."""
     rows = []
@@ -255,7 +266,8 @@ def timing_section(found, targets) -> list[str]:
     return [
         "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers:"
         " 1.5 times fewer).** Loss on `rich` when the budget is spent, and how many times fewer FLOPs, those"
-        " of the small model included, were enough for the final loss of *large from scratch*:",
+        " of the small model included, were enough for the final loss of *large from scratch*. A grown model"
+        " counts from its growth on; *never grown* is the small model, for the whole budget:",
         markdown(["arm", "final loss", "times fewer", "by seed", "fewer in every seed"], rows),
     ]
 
@@ -354,6 +366,8 @@ def plot_timing(found, targets, results: Path):
                 "s" if "x 4" in arm else "o",
                 color="C1" if "x 4" in arm else "C0",
             )
+        elif factors:
+            axes.axhline(mean(factors), color="C2", ls="--", label=f"{arm}: the small model")
     axes.plot([], [], "o", color="C0", label="twice the blocks")
     axes.plot([], [], "s", color="C1", label="four times")
     axes.legend()
@@ -368,6 +382,12 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
     for part, arms in parts.items():
         every = [json.loads(file.read_text()) for file in sorted((results / part).glob("*.json"))]
         by_arm = {arm: {r["seed"]: r for r in every if r["arm"] == arm} for arm in arms}
+        if part == "timing":
+            before = {arm: start for arm, (start, _) in arms.items()}
+            by_arm = {
+                arm: {seed: since_growth(arm, seed, by_arm, before) for seed in by_seed}
+                for arm, by_seed in by_arm.items()
+            }
         found[part] = {
             arm: dict(sorted(by_seed.items())) for arm, by_seed in by_arm.items() if by_seed and arm[0] != "_"
         }

@@ -2279,6 +2279,14 @@ def test_numbers_of_a_growth_report(tmp_path):
     without = {**large, "curve": [r for r in large["curve"] if "loss" not in r]}  # of a run of a few steps
     assert report.spike(without, large) is None and report.steps_to_mix(without, large) is None
     assert report.at(report.losses_of(large, "val_loss"), 150) == 2.5
+    # *never grown* has been the small models before it, too; a grown arm has not.
+    small = growth_result("_small 80 %", 0, [3, 1.5], 0.5)
+    by_arm = {"_small 80 %": {0: small}, "never grown": {0: growth_result("", 0, [1.4], 0.5, 50)}}
+    starts = {"_small 80 %": None, "never grown": "_small 80 %"}
+    life = report.since_growth("never grown", 0, by_arm, starts)
+    assert report.savings({0: life}, {0: large}) == [pytest.approx(200 / (50 * 2 / 3))]
+    by_arm["never grown"][0]["arguments"] = ["--grow", "depth"]
+    assert report.since_growth("never grown", 0, by_arm, starts) == by_arm["never grown"][0]
     for values, expected in (
         ([0.1, 0.11, 0.12], "holds"), ([-0.1, -0.11, -0.12], "contradicted"), ([0.1], "open"),
         ([0.1, -0.01, 0.1], "open"), ([0.001, 0.3, 0.001], "open"),
