@@ -73,6 +73,7 @@ LANGUAGE = {
     "wrong captions, nothing hidden": ("base", SHARED),
     "minilm twice": ("base", LLM + "mean"),
 }
+TOLD_BY = ("seen", "held-out words", "held-out forms", "long")
 BUDGET = 2.4e13  # FLOPs: 1,400 steps of *large from scratch*
 PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 200 "
 NEW = PLATEAU + "--preset nano "
@@ -229,8 +230,8 @@ def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
     result["flops"] = load_model(run)[1]["flops"]
     if part != "timing" and arm[0] != "_":
         count, steps = (2, 1) if quick else (100 if part == "growth" else 200, 6)
-        read = READ.get(arm, Prompts)
-        result["scores"] = evaluate(run, reader, count, steps, seed=seed, read=read)
+        read, only = READ.get(arm, Prompts), TOLD_BY if part == "language" else ()
+        result["scores"] = evaluate(run, reader, count, steps, seed=seed, read=read, only=only)
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".tmp")
     whole.write_text(json.dumps(result | {"curve": curve}))
