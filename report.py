@@ -290,7 +290,7 @@ def claims(found) -> list[str]:
     return text
 
 
-COLOURS = [f"C{i}" for i in range(10)] + ["gold", "black", "navy", "lime", "tomato", "teal"]
+COLOURS = [f"C{i}" for i in range(10)] + ["goldenrod", "black", "navy", "lime", "tomato", "teal"]
 
 
 def new_plot(**labels):
@@ -335,17 +335,16 @@ def plot_growth(found, starts, results: Path):
         xlabel="forgotten: loss on basic, more than the base's",
         ylabel="learned: loss on rich, less than the base's",
     )
+    points = []
     for number, (arm, by_seed) in enumerate(found.items()):
-        if starts[arm] != "base" or not (base.keys() & by_seed.keys()):
-            continue
-        x, y = (
-            [-sign * d for d in differences(by_seed, base, n)] for n, sign in (("basic", 1), ("rich", -1))
-        )
-        bars = [stdev(v) if len(v) > 1 else 0 for v in (x, y)]
-        axes.errorbar(
-            mean(x), mean(y), bars[1], bars[0], "o", color=COLOURS[number % len(COLOURS)], capsize=2
-        )
-        axes.annotate(arm, (mean(x), mean(y)), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if starts[arm] == "base" and base.keys() & by_seed.keys():
+            x, y = ([-d for d in differences(by_seed, base, "basic")], differences(by_seed, base, "rich"))
+            points.append((mean(y), mean(x), y, x, arm, COLOURS[number % len(COLOURS)]))
+    for i, (height, place, y, x, arm, colour) in enumerate(sorted(points)):
+        bars = [stdev(v) if len(v) > 1 else 0 for v in (y, x)]
+        axes.errorbar(place, height, *bars, "o", color=colour, capsize=2)
+        away = (5, (4, -11)[i % 2])  # neighbours have their names above and below
+        axes.annotate(arm, (place, height), xytext=away, textcoords="offset points", fontsize=8, color=colour)
     save_plot(figure, results / "forgetting.png")
 
 
@@ -356,6 +355,8 @@ def plot_timing(found, targets, results: Path):
         ylabel="times fewer FLOPs to the loss of the large one",
     )
     axes.axhline(1, color="grey", lw=1)
+    shares = range(55, 101)
+    axes.plot(shares, [100 / share for share in shares], ":", color="C0", label="at the moment of growth")
     for arm, by_seed in found.items():
         factors = [f for f in savings(by_seed, targets) if f]
         if share := re.search(r"at (\d+) %", arm):
