@@ -13,9 +13,7 @@ all right; and the validation loss on fixed noise.
 ModelGrow was measured, ask the same of real videos. `ORIGINALS` says which number here is the counterpart of
 which there. The measures of time (`steadiness`) follow VBench's formulas, with the reader's features in the
 place of DINO and CLIP, and the mean of two frames in that of the network that interpolates between them.
-
-Left out, since nothing here corresponds to them: VBench's aesthetic and imaging quality, styles, human action
-and overall consistency, and T2V-CompBench's object interactions.
+What has no counterpart here is named in `LEFT_OUT`.
 """
 
 import argparse
@@ -159,6 +157,10 @@ ORIGINALS = {  # benchmark and its name for it: (our set of prompts, our name)
     "VBench spatial relationship": ("several actors", "relation"),
     "VBench scene": ("seen", "background"),
 }
+LEFT_OUT = (
+    "VBench's aesthetic and imaging quality, styles, human action and overall consistency, and"
+    " T2V-CompBench's object interactions"
+)
 
 
 def read(reader, videos):

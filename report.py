@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluate import COLUMNS, ORIGINALS, table
+from evaluate import COLUMNS, LEFT_OUT, ORIGINALS, table
 
 RULE = (
     "A claim holds if the difference has its sign in every seed and its mean is more than twice its standard"
@@ -197,11 +197,12 @@ def growth_section(found, starts) -> list[str]:
     for arm, by_seed in found.items():
         others = found.get("continued", {})
         pairs = [(r, others[seed]) for seed, r in by_seed.items() if seed in others]
-        early = arm in going_on and "short" not in arm  # else its loss on the way is another
-        same = early and "llm" not in arm  # with all captions that *continued* reads
+        other = "short" in arm or arm == "base"  # its loss on the way is that on other clips or captions
+        same = arm in going_on and not other and "llm" not in arm  # reads all captions that *continued* does
         cells = [spread([measure(r, name) for r in by_seed.values()], 4) for name in ("rich", "basic")]
         for key in ("val_loss", "old_val_loss"):
-            cells.append(spread([at(losses_of(r, key), equal) for r in by_seed.values()], 4) if early else "")
+            curves = [losses_of(r, key) for r in by_seed.values() if key == "old_val_loss" or not other]
+            cells.append(spread([at(curve, equal) for curve in curves if curve], 4))
         if same and arm != "continued":
             mixed = [steps_to_mix(*pair) for pair in pairs]
             cells += [spread([spike(*pair) for pair in pairs], 4)]
@@ -210,23 +211,25 @@ def growth_section(found, starts) -> list[str]:
     titles = ["arm", "steps", "rich", "basic", f"rich, step {equal}", f"basic, step {equal}"]
     text = [
         "Loss on held-out clips, `rich` with detailed and `basic` with short captions, when the budget is"
-        " spent, and after equally many steps since the base. The spike is the training loss over the first"
-        " 50 steps less that of *continued* on the same clips, captions and noise; an arm has mixed at the"
-        " step from which on it is below *continued* for 100 steps (for each seed).",
+        " spent, and after equally many steps since the base (or the start). The spike is the training loss"
+        " over the first 50 steps less that of *continued* on the same clips, captions and noise; an arm has"
+        " mixed at the step from which on it is below *continued* for 100 steps (for each seed).",
         markdown([*titles, "spike", "steps to mix"], rows),
     ]
-    rows = [
-        [arm, *(spread([r["scores"]["rich_loss"][b] for r in by_seed.values()], 4) for b in range(8))]
-        for arm, by_seed in found.items()
-    ]
-    text += ["Loss on `rich` by t, from noise to clip, in eight equally likely slices:"]
-    text += [markdown(["arm", *map(str, range(1, 9))], rows)]
+    for name, key in (("rich", "rich_loss"), ("basic", "val_loss")):
+        rows = [
+            [arm, *(spread([r["scores"][key][b] for r in by_seed.values()], 4) for b in range(8))]
+            for arm, by_seed in found.items()
+        ]
+        text += [f"Loss on `{name}` by t, from noise to clip, in eight equally likely slices:"]
+        text += [markdown(["arm", *map(str, range(1, 9))], rows)]
     arms = [arm for arm in ("base", "lora", "insert", "insert + llm", "large from scratch") if arm in found]
     rows = []
     for theirs, (name, column) in ORIGINALS.items():
         values = [[r["scores"][name].get(column) for r in found[arm].values()] for arm in arms]
         rows.append([theirs, *map(spread, values)])
-    text += ["By the names of others:", markdown(["benchmark", *arms], rows)]
+    text += [f"By the names of others; without counterpart here: {LEFT_OUT}."]
+    text += [markdown(["benchmark", *arms], rows)]
     return text + score_tables(found, "continued")
 
 
