@@ -266,7 +266,7 @@ def main(argv=None):
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
     add("--results", help="folder for the JSON and the report (results, or runs/study-quick)")
-    add("--quick", action="store_true", help="all arms in two or three minutes; nothing learned")
+    add("--quick", action="store_true", help="all arms in a minute or two; nothing learned")
     add("--report", action="store_true", help="train nothing, report what is there")
     args = parser.parse_args(argv)
     known = {arm for part in args.parts for arm in PARTS[part]}
