@@ -60,6 +60,20 @@ CLAIMS = {
     "Growing a base that has learned `basic` beats growing one that has learned nothing.": (
         ("insert", "insert into an untrained base", "rich"),
     ),
+    "The language model knows words that were never trained on.": tuple(
+        (arm, "base encoder", "held-out words") for arm in ("llm last", "llm middle", "llm mean")
+    ),
+    "It costs something on words that were.": tuple(
+        ("base encoder", arm, "seen") for arm in ("llm last", "llm middle", "llm mean")
+    ),
+    "What helps with new words is what it says, not a second branch or its parameters.": (
+        ("llm mean", "minilm twice", "held-out words"),
+        ("llm mean, nothing hidden", "wrong captions, nothing hidden", "held-out words"),
+    ),
+    "The mean over its layers says more than the last one.": (("llm mean", "llm last", "held-out words"),),
+    "A refiner helps.": tuple(
+        (f"{arm}, refiner", arm, "held-out words") for arm in ("llm last", "llm middle", "llm mean")
+    ),
 }
 
 
@@ -324,13 +338,8 @@ def plot_growth(found, starts, results: Path):
         curves = [losses_of(result, "val_loss") for result in by_seed.values()]
         points = [[mean(v) for v in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
         flops, losses = [p[1] for p in points[1:]], [p[2] for p in points[1:]]
-        axes.plot(
-            flops,
-            losses,
-            "--" if starts[arm] != "base" else "-",
-            color=COLOURS[number % len(COLOURS)],
-            label=arm,
-        )
+        style = "--" if starts[arm] != "base" else "-"
+        axes.plot(flops, losses, style, color=COLOURS[number % len(COLOURS)], label=arm)
     axes.legend(fontsize=8)
     save_plot(figure, results / "loss.png")
     base = found.get("base", {})
@@ -363,13 +372,7 @@ def plot_timing(found, targets, results: Path):
     for arm, by_seed in found.items():
         factors = [f for f in savings(by_seed, targets) if f]
         if share := re.search(r"at (\d+) %", arm):
-            share = int(share[1])
-            axes.plot(
-                [share] * len(factors),
-                factors,
-                "s" if "x 4" in arm else "o",
-                color="C1" if "x 4" in arm else "C0",
-            )
+            axes.plot([int(share[1])] * len(factors), factors, "sC1" if "x 4" in arm else "oC0")
         elif factors:
             axes.axhline(mean(factors), color="C2", ls="--", label=f"{arm}: the small model")
     axes.plot([], [], "o", color="C0", label="twice the blocks")
@@ -420,7 +423,7 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
         short += [*timing_section(found["timing"], targets), "![When to grow](timing.png)"]
     if found["language"]:
         scores = score_tables(found["language"], "base encoder")
-        short += ["**The language model.** " + scores[0], *scores[1:4]]
+        short += [*claims(found["language"]), "**The language model.** " + scores[0], *scores[1:4]]
         details += ["## Language", *scores[4:]]
     revisions = sorted(
         {f"{r['revision'][:10]}{'+' * r['revision'].endswith('+')} on {r['machine']}" for r in every}
