@@ -34,9 +34,10 @@ from tqdm import tqdm
 import attention as kernels
 from attention import attention
 from data import ToyWorld
-from dit import PRESETS, DiT, DiTConfig, count_flops, randomise
+from dit import PRESETS, DiT, DiTConfig, count_flops
 from evaluate import evaluate
 from flow import flow_loss
+from grow import randomise
 from reader import get_reader
 from report import attributes, markdown
 from sample import STEPS, autocast, newest_checkpoint, pick_device, pick_precision

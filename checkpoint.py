@@ -211,16 +211,6 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(model, ema, moments, header, state)
 
 
-def summary(names, every) -> str:
-    """Names of parameters, all of those that begin alike as one: "blocks.1" for the sixteen of that block."""
-    short = {}
-    for name in names:
-        parts = name.split(".")
-        starts = (".".join(parts[:i]) + "." for i in range(1, len(parts) + 1))
-        short[next(s for s in starts if all(n in names for n in every if f"{n}.".startswith(s)))[:-1]] = None
-    return ", ".join(short) or "none"
-
-
 def tree(history: list[dict]) -> str:
     """The history of a checkpoint, one line for each training and growth; each growth is a branch."""
     lines, indent = [], ""

@@ -364,15 +364,6 @@ class DiT(nn.Module):
         return unpatchify(self.final(layer_norm(x) * (1 + scale) + shift), config, grid)
 
 
-def randomise(model: DiT, seed=0) -> DiT:
-    """Leave no weight at zero, so that every branch speaks: a test of equality that could fail."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        std = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return model
-
-
 def split_in_3(channels):
     """Three even numbers that add up to `channels`, an even number, the first taking what is over."""
     third = channels // 6 * 2

@@ -37,17 +37,13 @@ GELU, and attention, since there are n times the heads and each keeps its size. 
 gradients, so they would stay equal for ever and the model would be wide in name only. `noise` breaks the
 symmetry and cancels in the sum: [W/n + E, W/n - E] (for n > 2, n matrices that add up to zero).
 
-**The LLM.** The new cross-attention is a copy of the one to the text, which cannot read yet what an LLM
-writes. `align_llm` gives it that: a linear map, in closed form, from the features of the LLM to those of the
-text encoder, put in front of a copy of the text's embedding. With a random embedding in its place some
-attributes of a prompt were not learned in 4,000 steps (README, *A language model reads the prompt*).
-
 **The optimiser** comes along by the same map (`grow_state`). What is copied keeps its AdamW moments and its
-step count; what is new has none and begins at step 0. (With the old step Adam would take zero moments for
-converged ones: the first update would be (1 - beta1) / sqrt(1 - beta2) of what it should be, 3.2 times too
-long with beta2 = 0.999.) In width, n duplicates of an output share the gradient that it had, so exp_avg is
-divided by n and exp_avg_sq by n^2 wherever rows are duplicated, which is everywhere but in the last map; this
-leaves the noise out of account. The EMA is grown by the operator itself, with the same random numbers.
+step count; what is new has none and begins at step 0. (Zero moments with the old step would be a trap: Adam
+treats the second moment as converged, and the first update is (1 - beta1) / sqrt(1 - beta2) of what it should
+be, 3.2 times too long with beta2 = 0.999 and less than half with the 0.95 of train.py.) In width, n
+duplicates of an output share the gradient that it had, so exp_avg is divided by n and exp_avg_sq by n^2
+wherever rows are duplicated, which is everywhere but in the last map; this leaves the noise out of account.
+The EMA is grown by the operator itself, with the same random numbers.
 
 Left out: zero-padded width (inexact through LayerNorm), learned maps (LiGO), larger heads (inexact through
 rotary positions and qk-norm), growth by fractions.
@@ -62,8 +58,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoint, load_checkpoint, save_checkpoint, summary, tree
-from dit import PRESETS, DiT, layer_norm, randomise
+from checkpoint import Checkpoint, load_checkpoint, save_checkpoint, tree
+from dit import PRESETS, DiT
 
 # --------------------------------------------------------------------------------------------------------
 # Operators
@@ -135,7 +131,8 @@ def grow_mlp(model: DiT, factor: int = 2, noise: float = 1.0) -> DiT:
 
 def grow_llm(model: DiT, llm_dim: int, refiner: int = 0, seed: int = 0) -> DiT:
     """In each block a cross-attention to `llm_dim` channels of an LLM, a copy of the one to the text right
-    before it, with a zero gate; in front, `refiner` new blocks. `seed` is that of what is new."""
+    before it, with a zero gate; in front, `refiner` new blocks. `seed` is that of what is new. How the new
+    branch gets to understand an LLM is told in align.py."""
     if model.config.llm_dim:
         raise ValueError(f"this model has an LLM branch already, for {model.config.llm_dim} channels")
     if llm_dim < 1:
@@ -151,28 +148,6 @@ def grow_llm(model: DiT, llm_dim: int, refiner: int = 0, seed: int = 0) -> DiT:
                 [shift, scale, torch.zeros_like(gate)]
             )
     return _assemble(model, weights, seed=seed, llm_dim=llm_dim, llm_refiner=refiner)
-
-
-@torch.no_grad()
-def align_llm(models: tuple[DiT, ...], batches):
-    """Let the embedding of a new LLM branch begin as the text's, behind the linear map (ridge regression)
-    from the LLM's features of a caption to the text encoder's. Works in place; a silent branch stays silent.
-
-    batches: of text (B, L, text_dim), mask (B, L), llm (B, L', llm_dim), mask (B, L'), as a model takes
-    them. Two tokenizers cut a caption in two ways, so what is fitted are means over tokens."""
-    sides = [], []
-    for text, text_mask, llm, llm_mask in batches:
-        for side, x, mask in ((sides[0], text, text_mask), (sides[1], llm, llm_mask)):
-            x = layer_norm(x.float()) * mask.unsqueeze(-1)
-            side.append(x.sum(1).double() / mask.sum(1, keepdim=True))
-    (text, text_mean), (llm, llm_mean) = ((x - x.mean(0), x.mean(0)) for x in map(torch.cat, sides))
-    gram = llm.T @ llm
-    ridge = 0.01 * gram.diagonal().mean().clamp_min(1e-9) * torch.eye(len(gram))
-    W = torch.linalg.solve(gram + ridge, llm.T @ text).T  # (text_dim, llm_dim)
-    for model in models:
-        old, up = model.text_embed.state_dict(), model.text_embed.up.weight.double()
-        mapped = {"up.weight": up @ W, "up.bias": old["up.bias"] + up @ (text_mean - W @ llm_mean)}
-        model.llm_embed.load_state_dict(old | mapped)
 
 
 def grow_clip(model: DiT, frames: int | None = None, size: int | None = None) -> DiT:
@@ -330,6 +305,16 @@ def difference(a: DiT, b: DiT, batch: int = 2, length: int = 7) -> float:
     return (one - two).abs().max().item()
 
 
+def summary(names, every) -> str:
+    """Names of parameters, all of those that begin alike as one: "blocks.1" for the sixteen of that block."""
+    short = {}
+    for name in names:
+        parts = name.split(".")
+        starts = (".".join(parts[:i]) + "." for i in range(1, len(parts) + 1))
+        short[next(s for s in starts if all(n in names for n in every if f"{n}.".startswith(s)))[:-1]] = None
+    return ", ".join(short) or "none"
+
+
 def compare(name: str, base: DiT, steps: list[tuple[str, dict]]) -> list[str]:
     """What the growths `steps` do to `base`, as cells of a table: size; parameters, and which are new, kept
     or frozen, in millions; GFLOPs per clip, forward, with 16 tokens of text and 64 of an LLM; and max
@@ -357,6 +342,15 @@ def markdown(rows: list[list[str]]) -> str:
     rows.insert(1, ["-" * w for w in widths])
     cells = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def randomise(model: DiT, seed=0) -> DiT:
+    """Leave no weight at zero, so that every branch speaks: a test of equality that could fail."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        std = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return model
 
 
 def table() -> str:
@@ -406,8 +400,12 @@ def main(argv=None):
         return print(table())
     if not args.checkpoint:
         raise ValueError("name a run or checkpoint to grow, as in `python grow.py runs/base --depth insert`")
-    needed = {"add": "depth", "group": "depth", "zero": "depth", "noise": "width mlp"}
-    for option, operators in needed.items():
+    for option, operators in (
+        ("add", "depth"),
+        ("group", "depth"),
+        ("zero", "depth"),
+        ("noise", "width mlp"),
+    ):
         if getattr(args, option) is not None and all(getattr(args, o) is None for o in operators.split()):
             raise ValueError(f"--{option} is for --{operators.replace(' ', ' and --')}, which is not given")
     if args.out and Path(args.out).exists():

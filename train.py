@@ -49,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
+from align import align
 from arguments import HIDDEN, parse_arguments
 from checkpoint import (
     Checkpoint,
@@ -64,7 +65,7 @@ from data import PROMPTS, SETS, open_clips
 from dit import PRESETS, DiT, count_flops
 from draw import FPS, save_grid
 from flow import T_BINS, flow_loss, time_of, validation_loss
-from grow import align_llm, grow_state
+from grow import grow_state
 from parallel import RANK
 from sample import autocast, out_of_memory, pick_device, pick_precision, solve, to_uint8
 from text_encoder import NULL_PROMPT, Prompts, encode
@@ -230,8 +231,7 @@ def train_alone(args, started, read):
     with parallel.one_first():
         prompts = read(texts, header, config.llm_dim)
     if "llm" in (args.grow or "").split(",") and not args.resume:
-        parts = (world.captions[i : i + 256] for i in range(0, len(world), 256))
-        align_llm((start.model, start.ema), (prompts.batch(part) for part in parts))
+        align((start.model, start.ema), prompts, world.captions)
     lengths = [stream.max_length for stream in prompts.streams]
 
     if start is None:

@@ -1,0 +1,76 @@
+"""From one text encoder to another: a linear map, in closed form.
+
+A model that reads through a small encoder is given an LLM (`--grow llm`, ModelGrow, arXiv 2412.18966, figure
+2). Its new cross-attention is a copy of the one to the text, but what an LLM writes it cannot read: the same
+words are other vectors. An embedding that begins at random has to be found by training, and some attributes
+of a prompt were not found in 4,000 steps (README, *A language model reads the prompt*).
+
+Both encoders say the same, though, of the same captions, so that most of one follows from the other by a
+linear map y = W x + b. With it in front the embedding of the text serves the LLM too: `align` sets
+
+    llm_embed(x)  =  text_embed(W x + b)
+
+for a new branch, which then knows at once what the model has learned of the world's words. For W one needs to
+know which vector y goes with which x, and two tokenizers cut a caption into other pieces. So, in turn:
+
+    means    the mean of a caption's vectors x goes with the mean of its vectors y; fit W, b
+    tokens   each x goes with the y of its caption that W x + b comes closest to; fit W, b; three times
+
+(the iterative closest point of Besl and McKay, 1992, with a linear map in the place of a rigid one). Each fit
+is a ridge regression, with X and Y the vectors of all pairs, less their means:
+
+    W = Y^T X (X^T X + r)^-1      b = mean(y) - W mean(x)
+
+Left out: maps that are not linear, which training finds anyway, and weights of words.
+"""
+
+import math
+
+import torch
+
+from dit import DiT, layer_norm
+
+CAPTIONS, ROUNDS, RIDGE = 2048, 3, 0.01  # the last one relative to the mean variance of a channel
+
+
+def fit(pairs):
+    """Ridge regression on batches of x (n, C) and y (n, D) -> W (D, C) and b (D,), for y = W x + b."""
+    (x, x_mean), (y, y_mean) = ((s - s.mean(0), s.mean(0)) for s in map(torch.cat, zip(*pairs, strict=True)))
+    gram = (x.T @ x).double()
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-9) * torch.eye(len(gram))
+    W = torch.linalg.solve(gram + ridge, (x.T @ y).double()).T.float()
+    return W, y_mean - W @ x_mean
+
+
+def translate(batches):
+    """The map from the vectors of an LLM to those of a text encoder.
+
+    batches: of text (B, L, D), mask (B, L), llm (B, L', C) and mask (B, L'), both of the same captions; masks
+    are True for real tokens -> W (D, C) and b (D,), for vectors of mean 0 and variance 1."""
+    batches = [(layer_norm(t.float()), tm, layer_norm(x.float()), xm) for t, tm, x, xm in batches]
+
+    def means(x, mask):
+        return (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+    W, b = fit([(means(llm, llm_mask), means(text, mask)) for text, mask, llm, llm_mask in batches])
+    for _ in range(ROUNDS):
+        pairs = []
+        for text, mask, llm, llm_mask in batches:
+            far = torch.cdist(llm @ W.T + b, text).masked_fill(~mask[:, None], math.inf)  # (B, L', L)
+            closest = far.argmin(2, keepdim=True).expand(-1, -1, text.shape[-1])
+            pairs.append((llm[llm_mask], text.gather(1, closest)[llm_mask]))
+        W, b = fit(pairs)
+    return W, b
+
+
+@torch.no_grad()
+def align(models: tuple[DiT, ...], prompts, captions: list[str]):
+    """Let a silent LLM branch read as the branch to the text does, in place and in each of `models`, which
+    stay the same functions. prompts: the `Prompts` of text_encoder.py that hold the `captions`, of which up
+    to CAPTIONS are looked at."""
+    some = captions[:: -(-len(captions) // CAPTIONS)]
+    W, b = translate(prompts.batch(some[i : i + 256]) for i in range(0, len(some), 256))
+    for model in models:
+        old, up = model.text_embed.state_dict(), model.text_embed.up.weight
+        mapped = {"up.weight": up @ W, "up.bias": old["up.bias"] + up @ b}
+        model.llm_embed.load_state_dict(old | mapped)
