@@ -1611,36 +1611,50 @@ def test_what_is_new_learns_by_the_second_step(operator, options):
 
 
 class Spoken:
-    """In the place of `Prompts`: a text is numbers of words, and the LLM says each word's vector of the text
-    encoder with the channels in another order, twice."""
+    """In the place of `Prompts`: a text is numbers of words. The text encoder says a vector for each, and
+    `context` times the mean of the caption; the LLM says each vector with the channels in another order,
+    twice."""
 
     generator = torch.Generator().manual_seed(0)
     words = torch.randn(99, SMALL.text_dim, generator=generator)
     order = torch.randperm(SMALL.text_dim, generator=generator)
 
+    def __init__(self, context=0.0):
+        self.context = context
+
     def batch(self, texts):
         numbers = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, texts)), batch_first=True)
         mask = torch.arange(numbers.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        text, twice = self.words[numbers], mask.repeat_interleave(2, 1)
-        return text, mask, text[..., self.order].repeat_interleave(2, 1) * twice.unsqueeze(-1), twice
+        vectors, twice = self.words[numbers] * mask.unsqueeze(-1), mask.repeat_interleave(2, 1)
+        mean = vectors.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        text = (vectors + self.context * mean) * mask.unsqueeze(-1)
+        return text, mask, vectors[..., self.order].repeat_interleave(2, 1), twice
 
 
-def test_an_aligned_branch_reads_the_llm_as_it_reads_the_text():
+def test_an_aligned_branch_reads_the_llm_as_it_reads_the_text(monkeypatch):
     rng = np.random.default_rng(0)
-    captions = [rng.integers(0, 99, rng.integers(1, 8)).tolist() for _ in range(5000)]
+    captions = [rng.integers(0, 99, rng.integers(3, 8)).tolist() for _ in range(3000)]
     model = random_model()
     grown = grow.grow_llm(model, SMALL.text_dim)
-    text, mask, llm, llm_mask = Spoken().batch([captions[0]])
-    said = model.text_embed(dit.layer_norm(text)).repeat_interleave(2, 1)
 
-    def far():
-        return ((grown.llm_embed(dit.layer_norm(llm)) - said).norm() / said.norm()).item()
+    def far(context):
+        text, _, llm, llm_mask = Spoken(context).batch(captions[:50])
+        said = model.text_embed(dit.layer_norm(text)).repeat_interleave(2, 1)[llm_mask]
+        return ((grown.llm_embed(dit.layer_norm(llm))[llm_mask] - said).norm() / said.norm()).item()
 
-    assert far() > 0.5
+    assert far(0) > 0.5
     align.align((grown,), Spoken(), captions)
-    assert far() < 0.02
+    assert far(0) < 0.02
+    text, mask, *llm = Spoken().batch(captions[:1])
     x, t, *_ = random_inputs(batch=1)
-    assert torch.equal(grown(x, t, text, mask, llm, llm_mask), model(x, t, text, mask))  # silent still
+    assert torch.equal(grown(x, t, text, mask, *llm), model(x, t, text, mask))  # silent still
+
+    align.align((grown,), Spoken(1), captions)  # a mean has more context in it than a token has
+    by_tokens = far(1)
+    monkeypatch.setattr(align, "ROUNDS", 0)
+    align.align((grown,), Spoken(1), captions)
+    assert by_tokens < 0.8 * far(1)
+
     align.align((grown,), Spoken(), captions[:1])  # a folder with one caption
     assert all(parameter.isfinite().all() for parameter in grown.parameters())
 
