@@ -887,8 +887,8 @@ def test_re_captions(tmp_path, monkeypatch):
         assert torch.equal(torch.get_rng_state(), state)
     reply, reason = llm.recaption("a red cat", tries=3)
     assert reply == "" and reason.startswith("none of 3 re-captions was faithful: ")
-    for prompt in ("cat " * 35, "\N{CAT FACE}"):
-        assert llm.recaption(prompt) == ("", "the prompt has no words, or 35 and more already")
+    for prompt in ("cat " * 35, "\N{CAT FACE}", "cat" + " \N{CAT FACE}" * 300):
+        assert llm.recaption(prompt) == ("", "the prompt has no words, or too many already")
 
     seen = []
     monkeypatch.setattr(

@@ -264,8 +264,8 @@ class LanguageModel:
         told. The same seed gives the same reply. Raises ValueError if the LLM is no chat model."""
         if not self.tokenizer.chat_template:
             raise ValueError("this LLM has no chat template, so it cannot be asked for a re-caption")
-        if not 0 < len(words(prompt)) < FEWEST:
-            return "", f"the prompt has no words, or {FEWEST} and more already"
+        if len(self.tokenizer(prompt)["input_ids"]) > LLM_TOKENS or not 0 < len(words(prompt)) < FEWEST:
+            return "", "the prompt has no words, or too many already"
         turns = [{"role": "system", "content": SYSTEM}]
         for short, rest in EXAMPLES.items():
             turns.append({"role": "user", "content": INSTRUCTION + short})
