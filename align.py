@@ -21,14 +21,24 @@ is a ridge regression, with X and Y the vectors of all pairs, less their means:
 
     W = Y^T X (X^T X + r)^-1      b = mean(y) - W mean(x)
 
+How good the map is can be seen: `python align.py runs/base` puts the LLM in the place of the small encoder,
+without a step of training, into a run that evaluate.py and sample.py take.
+
 Left out: maps that are not linear, which training finds anyway, and weights of words.
 """
 
+import argparse
 import math
+import sys
+from pathlib import Path
 
 import torch
 
+from checkpoint import load_checkpoint, save_checkpoint
+from data import ToyWorld
 from dit import DiT, layer_norm
+from grow import grow_state
+from text_encoder import LAYERS, Prompts, encode
 
 CAPTIONS, ROUNDS, RIDGE = 2048, 3, 0.01  # the last one relative to the mean variance of a channel
 
@@ -74,3 +84,51 @@ def align(models: tuple[DiT, ...], prompts, captions: list[str]):
         old, up = model.text_embed.state_dict(), model.text_embed.up.weight
         mapped = {"up.weight": up @ W, "up.bias": old["up.bias"] + up @ b}
         model.llm_embed.load_state_dict(old | mapped)
+
+
+@torch.no_grad()
+def swap(model: DiT):
+    """Let the LLM branch speak through the gates of the branch to the text, which falls silent; in place."""
+    for block in model.blocks:
+        for new, old in zip(block.adaln_llm.parameters(), block.adaln.parameters(), strict=True):
+            gate = old.unflatten(0, (3, 3, -1))[
+                1, 2
+            ]  # rows of (shift, scale, gate) for each of three branches
+            new.unflatten(0, (3, -1))[2].copy_(gate)
+            gate.zero_()
+
+
+def main(argv=None):
+    """Let a trained model read through an LLM without a step of training: `python align.py runs/base`."""
+    parser = argparse.ArgumentParser(
+        description="Put an LLM in the place of a model's text encoder, by a linear map and without training."
+    )
+    add = parser.add_argument
+    add("checkpoint", help="run or checkpoint")
+    add("--llm", default="smollm2", help="smollm2, a directory or a Hub id [smollm2]")
+    add("--llm-features", default="mean", choices=LAYERS, help="which of its layers [mean, that of all]")
+    add("--out", help="run directory of what reads through the LLM [runs/NAME-swapped]")
+    args = parser.parse_args(argv)
+    name = [part for part in Path(args.checkpoint).parts if part != "checkpoint"][-1]
+    out = Path(args.out or f"runs/{name}-swapped")
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another directory with --out")
+    start = load_checkpoint(args.checkpoint)
+    start.header.update(llm=args.llm, llm_features=args.llm_features)
+    dim = encode([], args.llm, args.llm_features).dim
+    grown = grow_state(start, "llm", llm_dim=dim)
+    captions = ToyWorld("basic", CAPTIONS, words="varied", cache=False).captions
+    align((grown.model, grown.ema), Prompts(captions, grown.header, dim), captions)
+    for model in (grown.model, grown.ema):
+        swap(model)
+    grown.header["history"].append({"grow": "swap", "llm": args.llm, "changed": {}})
+    save_checkpoint(out / "checkpoint", grown)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # whatever a user can mend
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

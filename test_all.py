@@ -1649,6 +1649,11 @@ def test_an_aligned_branch_reads_the_llm_as_it_reads_the_text(monkeypatch):
     x, t, *_ = random_inputs(batch=1)
     assert torch.equal(grown(x, t, text, mask, *llm), model(x, t, text, mask))  # silent still
 
+    align.swap(grown)  # and what it says is what the text said
+    with_text, other = model(x, t, text, mask), torch.randn_like(text)
+    assert (grown(x, t, text, mask, *llm) - with_text).norm() < 0.02 * with_text.norm()
+    assert torch.equal(grown(x, t, text, mask, *llm), grown(x, t, other, mask, *llm))
+
     align.align((grown,), Spoken(1), captions)  # a mean has more context in it than a token has
     by_tokens = far(1)
     monkeypatch.setattr(align, "ROUNDS", 0)
@@ -1977,6 +1982,21 @@ def test_how_far_and_with_what(tmp_path, encoder_name):
     ):
         with pytest.raises(ValueError, match=message):
             run_training(tmp_path / "wrong", encoder_name, *wrong)
+
+
+def test_an_llm_takes_the_place_of_the_text_encoder(tmp_path, encoder_name, monkeypatch):
+    base, llm = run_training(tmp_path / "base", encoder_name), tiny_llm(tmp_path / "llm")
+    out = tmp_path / "swapped"
+    align.main([str(base), "--llm", llm, "--llm-features", "last", "--out", str(out)])
+    model, header = load_model(out)
+    assert (model.config.llm_dim, header["llm"], header["llm_features"]) == (16, llm, "last")
+    assert tree(header["history"]).splitlines()[-1].strip() == f"└─ swap: llm {llm}"
+    sample.main(["a red cat", "--from", str(out), "--out", str(tmp_path), "--steps", "1"])
+    assert (tmp_path / "a-red-cat.mp4").exists()
+    for wrong, reason in ((base, "swapped is there already"), (out, "an LLM branch already")):
+        where = out if wrong == base else tmp_path / "twice"
+        with pytest.raises(ValueError, match=reason):
+            align.main([str(wrong), "--llm", llm, "--out", str(where)])
 
 
 def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
