@@ -106,7 +106,7 @@ def main(argv=None):
     add = parser.add_argument
     add("checkpoint", help="run or checkpoint")
     add("--llm", default="smollm2", help="smollm2, a directory or a Hub id [smollm2]")
-    add("--llm-features", default="mean", choices=LAYERS, help="which of its layers [mean, that of all]")
+    add("--llm-features", default="last", choices=LAYERS, help="which of its layers [last]")
     add("--out", help="run directory of what reads through the LLM [runs/NAME-swapped]")
     args = parser.parse_args(argv)
     name = [part for part in Path(args.checkpoint).parts if part != "checkpoint"][-1]

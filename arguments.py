@@ -20,7 +20,7 @@ from parallel import WORLD
 from text_encoder import LAYERS
 
 TUNE = ("all", "new", "lora")
-HIDDEN = 0.35  # share hidden from the small encoder when an LLM reads too; chosen by measurement (README)
+HIDDEN = 0.5  # share hidden from the small encoder when an LLM reads too; as in the study
 
 
 def parse_arguments(argv=None):
@@ -57,7 +57,7 @@ def parse_arguments(argv=None):
     add("--where", choices=("insert", "prefix", "suffix"), help="for depth: where they go [insert]")
     add("--zero", choices=ZEROS, help="for depth: what is zeroed in the copies [gate]")
     add("--llm", default="smollm2", help="LLM for --grow llm: smollm2, a directory or a Hub id [smollm2]")
-    add("--llm-features", default="mean", choices=LAYERS, help="which of its layers [mean, that of all]")
+    add("--llm-features", default="last", choices=LAYERS, help="which of its layers [last]")
     add("--refiner", type=int, default=0, help="blocks in which its features look at each other [0]")
     add(
         "--drop-text", type=float, help=f"share of captions that only the LLM gets to read, if any [{HIDDEN}]"

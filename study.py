@@ -93,8 +93,8 @@ GROWTH = {
     "insert, double zero": ("base", DEPTH + "--zero both"),
     "width x 2": ("base", GROWN + "--grow width"),
     "insert, short captions": ("base", DEPTH + "--captions short"),
-    "insert + llm": ("base", GROWN + "--drop-text 0.35 --grow depth,llm"),
-    "insert + llm, short captions": ("base", GROWN + "--drop-text 0.35 --grow depth,llm --captions short"),
+    "insert + llm": ("base", GROWN + "--grow depth,llm"),
+    "insert + llm, short captions": ("base", GROWN + "--grow depth,llm --captions short"),
     "insert into an untrained base": ("_untrained", DEPTH),
     "large from scratch": (None, f"{NEW}{RICH}--depth 8"),
 }

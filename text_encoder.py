@@ -18,9 +18,9 @@ The first token of a sequence has a norm far above that of the others, so the co
 *after* encoding and every vector is normalised. Even then most of a vector says nothing: for SmolLM2 half to
 two thirds of its square are one and the same direction whatever the token, against a sixth for MiniLM. So
 every channel is standardised, with mean and deviation over some fixed sentences. Which layer: the last one is
-made to name the next token; in published comparisons the mean over all layers, each normalised, does better
-(`--llm-features last`, `middle` or `mean`). And attention is causal: an adjective does not know its noun,
-which only a refiner behind it can mend (dit.py).
+made to name the next token; in published comparisons the mean over all layers, each normalised, does better,
+here it does not (`--llm-features last`, `middle` or `mean`; README). And attention is causal: an adjective
+does not know its noun, which only a refiner behind it can mend (dit.py).
 
 Two details matter for both. The mask comes from the tokenizer's `attention_mask`, never from a comparison
 with the pad id, which in some vocabularies is also a real token. And the *null prompt* of classifier-free
@@ -209,7 +209,7 @@ class TextEncoder:
 class LanguageModel:
     """A frozen causal LLM as an encoder of prompts. `dim` is the number of channels of its features."""
 
-    def __init__(self, name: str = "smollm2", layers: str = "mean"):
+    def __init__(self, name: str = "smollm2", layers: str = "last"):
         """name: "smollm2", a directory or a Hub id; layers: "last", "middle" or "mean". Raises OSError or
         ValueError if it cannot be loaded."""
         if layers not in LAYERS:
