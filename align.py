@@ -78,7 +78,8 @@ def align(models: tuple[DiT, ...], prompts, captions: list[str]):
     """Let a silent LLM branch read as the branch to the text does, in place and in each of `models`, which
     stay the same functions. prompts: the `Prompts` of text_encoder.py that hold the `captions`, of which up
     to CAPTIONS are looked at."""
-    some = captions[:: -(-len(captions) // CAPTIONS)]
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+    some = [captions[i] for i in order[:CAPTIONS]]
     W, b = translate(prompts.batch(some[i : i + 256]) for i in range(0, len(some), 256))
     for model in models:
         old, up = model.text_embed.state_dict(), model.text_embed.up.weight
@@ -109,8 +110,8 @@ def main(argv=None):
     add("--llm-features", default="last", choices=LAYERS, help="which of its layers [last]")
     add("--out", help="run directory of what reads through the LLM [runs/NAME-swapped]")
     args = parser.parse_args(argv)
-    name = [part for part in Path(args.checkpoint).parts if part != "checkpoint"][-1]
-    out = Path(args.out or f"runs/{name}-swapped")
+    names = [part for part in Path(args.checkpoint).parts if part != "checkpoint"]
+    out = Path(args.out or f"runs/{names[-1] if names else 'model'}-swapped")
     if out.exists():
         raise ValueError(f"{out} is there already: name another directory with --out")
     start = load_checkpoint(args.checkpoint)

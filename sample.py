@@ -127,8 +127,9 @@ def write_video(path: Path, frames, fps=FPS):
 
 
 def file_name(prompt: str) -> str:
-    """A prompt -> a file name: "A cat, surfing!" -> "a-cat-surfing", at most 80 characters."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "video"
+    """A prompt -> a file name: "A cat, surfing!" -> "a-cat-surfing", at most 80 bytes."""
+    name = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode(errors="ignore")
+    return name[:80].decode(errors="ignore") or "video"
 
 
 def pick_device(name):
@@ -209,7 +210,7 @@ def recaptioned(llm, prompt: str) -> str:
     """The prompt with the LLM's re-caption behind it, or if that is of no use the prompt, and a line about
     it."""
     reply, reason = llm.recaption(prompt)
-    tqdm.write(f"re-caption: {reply}" if reply else f"{prompt!r} is used as it is: {reason}")
+    tqdm.write(f"re-caption: {reply}" if reply else f"{prompt[:60]!r} is used as it is: {reason}")
     return f"{prompt}. {reply}" if reply else prompt
 
 
@@ -268,7 +269,7 @@ def main(argv=None):
         used[name] += 1  # a second video of one name is name-2, and none is lost
         path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
         write_video(path, frames_of_clip, header["fps"])
-        beside = path.with_name(f"{path.name}.txt")
+        beside = path.with_name(f"{path.name}.recaption.txt")
         beside.unlink(missing_ok=True)  # of an earlier video of this name
         if args.recaption:
             beside.write_text(texts[row] + "\n", "utf-8")

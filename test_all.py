@@ -858,6 +858,7 @@ GOOD = (
         ("two cats", GOOD, "it lost 'two'"),
         ("two cats", GOOD + " Two cats. Three cats.", "it says 'three', which contradicts"),
         ("a cat rising", GOOD + " It was rising, now it is falling.", "it says 'falling'"),
+        ("a ruby cat soaring", GOOD + " A ruby one, soaring, not plum.", "it says 'plum'"),
         ("a cat up and down", GOOD + " It goes up and down.", ""),
         ("a cat", "a cat in a meadow", "5 words, not 35 to 128"),
         ("a cat", "a cat " + "in a big meadow " * 40, "162 words, not 35 to 128"),
@@ -1265,7 +1266,9 @@ def test_video_files_can_be_read_back(tmp_path):
     assert abs(gif - large).mean() < 6 and abs(mp4[8:16] - large).mean() < 6
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["cat.gif", "cat.mp4"]
     assert sample.file_name("A cat, surfing!") == "a-cat-surfing" and sample.file_name("...") == "video"
-    assert len(sample.file_name("cat " * 200)) <= 80
+    assert all(
+        len(sample.file_name(text * 200).encode()) <= 80 for text in ("cat ", "\N{GREEK SMALL LETTER PI}")
+    )
 
 
 def test_pixel_range():
@@ -1664,6 +1667,18 @@ def test_an_aligned_branch_reads_the_llm_as_it_reads_the_text(monkeypatch):
     assert all(parameter.isfinite().all() for parameter in grown.parameters())
 
 
+def test_both_halves_of_an_alternating_set_are_aligned():
+    seen = []
+
+    class Listening(Spoken):
+        def batch(self, texts):
+            seen.extend(map(len, texts))
+            return super().batch(texts)
+
+    align.align((), Listening(), [[1, 2], [3, 4, 5]] * align.CAPTIONS)
+    assert len(seen) == align.CAPTIONS and set(seen) == {2, 3}
+
+
 def test_a_refiner_learns_by_the_third_step_and_meets_later_words():
     grown = grow.grow_llm(random_model(), 7, refiner=2)
     inputs, optimiser = random_inputs(), torch.optim.SGD(grown.parameters(), 0.1)
@@ -2021,18 +2036,19 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
     with pytest.MonkeyPatch.context() as context:  # what was read is not read again
         context.setattr(text_encoder, "make_encoder", None)
         sample.main(["a red cat", "--from", str(again), "--out", str(tmp_path), "--steps", "1"])
-    assert (tmp_path / "a-red-cat.mp4").exists() and not (tmp_path / "a-red-cat.txt").exists()
+    assert (tmp_path / "a-red-cat.mp4").exists() and not (tmp_path / "a-red-cat.recaption.txt").exists()
     monkeypatch.setattr(
         text_encoder.LanguageModel,
         "recaption",
         lambda self, p: ("", "no") if "dog" in p else ("it is red", ""),
     )
-    (tmp_path / "prompts.txt").write_text("a red cat\na dog")
-    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--recaption", "--num", "2", "--steps", "2"]
-    sample.main([*prompts, "--from", str(again), "--out", str(tmp_path / "videos")])
-    read = {file.stem: file.read_text() for file in (tmp_path / "videos").glob("*.txt")}
+    mine = tmp_path / "a-red-cat.txt"  # a user's file is none of ours
+    mine.write_text("a red cat\na dog")
+    prompts = ["--prompts", str(mine), "--recaption", "--num", "2", "--steps", "2"]
+    sample.main([*prompts, "--from", str(again), "--out", str(tmp_path)])
+    read = {file.name.split(".")[0]: file.read_text() for file in tmp_path.glob("*.recaption.txt")}
     assert read["a-red-cat"] == read["a-red-cat-2"] == "a red cat. it is red\n"
-    assert read["a-dog"] == read["a-dog-2"] == "a dog\n"
+    assert read["a-dog"] == read["a-dog-2"] == "a dog\n" and mine.exists()
     with pytest.raises(ValueError, match="--recaption needs a model that reads with an LLM"):
         sample.main(["a red cat", "--from", str(base), "--out", str(tmp_path), "--recaption"])
 
@@ -2891,6 +2907,7 @@ def test_train_grow_sample_evaluate(tmp_path):
         ["data.py", "--data", "rich", "--size", "32"],
         ["text_encoder.py", "a cat surfing"],
         ["text_encoder.py", "a cat surfing", "--llm", "smollm2"],
+        ["align.py", "runs/base"],
         ["dit.py"],
         ["grow.py", "runs/base-depth", "--width", "2", "--llm", "5"],
         ["grow.py", "--table"],
@@ -2907,7 +2924,7 @@ def test_train_grow_sample_evaluate(tmp_path):
         "runs/base/evaluation.json",
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
-        "samples/a-cat-surfing.txt",
+        "samples/a-cat-surfing.recaption.txt",
         *(
             f"runs/study-quick/{run}-0.json"
             for run in ("language/llm-mean-refiner", "growth/insert-llm", "timing/insert-at-25-x-4")

@@ -134,7 +134,8 @@ def convert(file: Path) -> Path:
         del model.config.quantization_config
         model.to(torch.bfloat16).save_pretrained(new)
         transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(new)
-        new.rename(target)
+        if not target.is_dir():  # another process may have been faster
+            new.rename(target)
     return target
 
 
@@ -167,15 +168,16 @@ ONE_OF_A_KIND = [  # a prompt that says "red" means not "blue"
     {
         "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white",
         "grey", "gray", "golden", "silver", "crimson", "scarlet", "tangerine", "apricot", "lemon", "emerald",
-        "lime", "azure", "navy", "lavender",
+        "lime", "azure", "navy", "lavender", "ruby", "amber", "mustard", "jade", "olive", "cobalt", "plum",
+        "sapphire", "mauve", "amethyst", "magenta", "teal", "turquoise",
     },
     {"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"},
 ]  # fmt: skip
 OPPOSITES = [
     ({"left", "leftward", "leftwards", "west"}, {"right", "rightward", "rightwards", "east"}),
     (
-        {"up", "upward", "upwards", "rising", "ascending", "climbing"},
-        {"down", "downward", "downwards", "falling", "descending", "dropping"},
+        {"up", "upward", "upwards", "rising", "rises", "ascending", "climbing", "climbs", "soaring"},
+        {"down", "downward", "downwards", "falling", "falls", "descending", "dropping", "sinking"},
     ),
 ]
 
@@ -426,9 +428,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show how a prompt looks to a text encoder.")
     parser.add_argument("prompt")
     parser.add_argument("--text", default="minilm", help="minilm (default), a directory or a Hub id")
-    parser.add_argument(
-        "--llm", help="an LLM instead, which re-captions too: smollm2, a directory or a Hub id"
-    )
+    parser.add_argument("--llm", help="an LLM instead, which re-captions: smollm2, a directory or a Hub id")
     args = parser.parse_args(argv)
     encoder = LanguageModel(args.llm) if args.llm else TextEncoder(args.text)
     for text in (args.prompt, NULL_PROMPT):
