@@ -2317,7 +2317,8 @@ def test_the_control_reads_other_captions(tmp_path, encoder_name):
 
 def test_a_report_is_made_from_the_files_alone(tmp_path):
     def result(arm, seed, shift):
-        scores = {"seen": {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9}, "val_loss": [1]}
+        right = {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9}
+        scores = {"seen": right, "held-out words": right, "val_loss": [1]}
         found = {"arm": arm, "seed": seed, "revision": "abc", "machine": "m", "scores": scores}
         (tmp_path / "language").mkdir(exist_ok=True)
         (tmp_path / "language" / f"{arm}-{seed}.json").write_text(json.dumps(found))
@@ -2327,12 +2328,14 @@ def test_a_report_is_made_from_the_files_alone(tmp_path):
         result("llm mean", seed, 2 * shift)
     text = report.write_report(tmp_path, study.PARTS)
     assert text == report.write_report(tmp_path, study.PARTS) and "over seeds 0, 1, 2." in text
-    assert "| base encoder | 0.700 ± 0.050 |" in text  # (0.5 + 0.2 + 0.7) / 2
-    assert "| llm mean | 0.800 ± 0.100 |" in text
-    assert "| llm mean | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
+    assert "| base encoder | 0.700 ± 0.050 | 0.700 ± 0.050 |" in text  # (0.5 + 0.2 + 0.7) / 2
+    assert "| llm mean | 0.800 ± 0.100 | 0.800 ± 0.100 |" in text
+    assert "| llm mean | 0.100 ± 0.050 | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
+    gain = "*llm mean* over *base encoder*, held-out words: 0.1000 ± 0.0500 (holds)"
+    assert f"never trained on.** Open. {gain}.\n" in text  # two of three arms are not there
     result("llm last", 7, 0.1)  # a seed that the base encoder has not
     text = report.write_report(tmp_path, study.PARTS)
-    assert "| llm last | 0.650 |" in text and "| llm last |  |\n" in text
+    assert "| llm last | 0.650 | 0.650 |" in text and "| llm last |  |  |\n" in text
     with pytest.raises(FileNotFoundError, match="no results"):
         report.write_report(tmp_path / "nothing", study.PARTS)
 
