@@ -45,31 +45,37 @@ CAPTIONS, ROUNDS, RIDGE = 2048, 3, 0.01  # the last one relative to the mean var
 
 def fit(pairs):
     """Ridge regression on batches of x (n, C) and y (n, D) -> W (D, C) and b (D,), for y = W x + b."""
-    (x, x_mean), (y, y_mean) = ((s - s.mean(0), s.mean(0)) for s in map(torch.cat, zip(*pairs, strict=True)))
-    gram = (x.T @ x).double()
+    count, x_mean, y_mean, gram, cross = 0, 0.0, 0.0, 0.0, 0.0
+    for x, y in pairs:  # sums alone are kept
+        count += len(x)
+        x_mean, y_mean = x_mean + x.sum(0).double(), y_mean + y.sum(0).double()
+        gram, cross = gram + (x.T @ x).double(), cross + (x.T @ y).double()
+    x_mean, y_mean = x_mean / count, y_mean / count
+    gram, cross = gram - count * x_mean.outer(x_mean), cross - count * x_mean.outer(y_mean)
     ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-9) * torch.eye(len(gram))
-    W = torch.linalg.solve(gram + ridge, (x.T @ y).double()).T.float()
-    return W, y_mean - W @ x_mean
+    W = torch.linalg.solve(gram + ridge, cross).T
+    return W.float(), (y_mean - W @ x_mean).float()
 
 
-def translate(batches):
-    """The map from the vectors of an LLM to those of a text encoder.
+def translate(prompts, captions):
+    """The map from the vectors of an LLM to those of a text encoder, by what both say of `captions`. prompts:
+    the `Prompts` of text_encoder.py -> W (D, C) and b (D,), for vectors of mean 0 and variance 1."""
 
-    batches: of text (B, L, D), mask (B, L), llm (B, L', C) and mask (B, L'), both of the same captions; masks
-    are True for real tokens -> W (D, C) and b (D,), for vectors of mean 0 and variance 1."""
-    batches = [(layer_norm(t.float()), tm, layer_norm(x.float()), xm) for t, tm, x, xm in batches]
+    def batches():
+        for i in range(0, len(captions), 256):
+            text, mask, llm, llm_mask = prompts.batch(captions[i : i + 256])  # (B, L, D) and (B, L', C)
+            yield layer_norm(text.float()), mask, layer_norm(llm.float()), llm_mask
 
     def means(x, mask):
         return (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
 
-    W, b = fit([(means(llm, llm_mask), means(text, mask)) for text, mask, llm, llm_mask in batches])
+    def closest(text, mask, llm, llm_mask):
+        far = torch.cdist(llm @ W.T + b, text).masked_fill(~mask[:, None], math.inf)  # (B, L', L)
+        return text.gather(1, far.argmin(2, keepdim=True).expand(-1, -1, text.shape[-1]))[llm_mask]
+
+    W, b = fit((means(llm, llm_mask), means(text, mask)) for text, mask, llm, llm_mask in batches())
     for _ in range(ROUNDS):
-        pairs = []
-        for text, mask, llm, llm_mask in batches:
-            far = torch.cdist(llm @ W.T + b, text).masked_fill(~mask[:, None], math.inf)  # (B, L', L)
-            closest = far.argmin(2, keepdim=True).expand(-1, -1, text.shape[-1])
-            pairs.append((llm[llm_mask], text.gather(1, closest)[llm_mask]))
-        W, b = fit(pairs)
+        W, b = fit((batch[2][batch[3]], closest(*batch)) for batch in batches())
     return W, b
 
 
@@ -78,9 +84,8 @@ def align(models: tuple[DiT, ...], prompts, captions: list[str]):
     """Let a silent LLM branch read as the branch to the text does, in place and in each of `models`, which
     stay the same functions. prompts: the `Prompts` of text_encoder.py that hold the `captions`, of which up
     to CAPTIONS are looked at."""
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
-    some = [captions[i] for i in order[:CAPTIONS]]
-    W, b = translate(prompts.batch(some[i : i + 256]) for i in range(0, len(some), 256))
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))  # sets may alternate
+    W, b = translate(prompts, [captions[i] for i in order[:CAPTIONS]])
     for model in models:
         old, up = model.text_embed.state_dict(), model.text_embed.up.weight
         mapped = {"up.weight": up @ W, "up.bias": old["up.bias"] + up @ b}
@@ -92,9 +97,7 @@ def swap(model: DiT):
     """Let the LLM branch speak through the gates of the branch to the text, which falls silent; in place."""
     for block in model.blocks:
         for new, old in zip(block.adaln_llm.parameters(), block.adaln.parameters(), strict=True):
-            gate = old.unflatten(0, (3, 3, -1))[
-                1, 2
-            ]  # rows of (shift, scale, gate) for each of three branches
+            gate = old.unflatten(0, (3, 3, -1))[1, 2]  # three branches, each (shift, scale, gate)
             new.unflatten(0, (3, -1))[2].copy_(gate)
             gate.zero_()
 
@@ -108,12 +111,10 @@ def main(argv=None):
     add("checkpoint", help="run or checkpoint")
     add("--llm", default="smollm2", help="smollm2, a directory or a Hub id [smollm2]")
     add("--llm-features", default="last", choices=LAYERS, help="which of its layers [last]")
-    add("--out", help="run directory of what reads through the LLM [runs/NAME-swapped]")
+    add("--out", default="runs/swapped", help="run directory of what reads through the LLM [runs/swapped]")
     args = parser.parse_args(argv)
-    names = [part for part in Path(args.checkpoint).parts if part != "checkpoint"]
-    out = Path(args.out or f"runs/{names[-1] if names else 'model'}-swapped")
-    if out.exists():
-        raise ValueError(f"{out} is there already: name another directory with --out")
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out} is there already: name another directory with --out")
     start = load_checkpoint(args.checkpoint)
     start.header.update(llm=args.llm, llm_features=args.llm_features)
     dim = encode([], args.llm, args.llm_features).dim
@@ -123,8 +124,8 @@ def main(argv=None):
     for model in (grown.model, grown.ema):
         swap(model)
     grown.header["history"].append({"grow": "swap", "llm": args.llm, "changed": {}})
-    save_checkpoint(out / "checkpoint", grown)
-    print(f"written to {out}")
+    save_checkpoint(Path(args.out) / "checkpoint", grown)
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -832,6 +832,28 @@ def test_the_real_llm(monkeypatch):
     )  # unpacked once
 
 
+def test_two_processes_may_unpack_the_llm_at_once(tmp_path, monkeypatch):
+    import transformers
+
+    class Model:
+        config = SimpleNamespace(quantization_config=None)
+
+        def to(self, _):
+            return self
+
+        def save_pretrained(self, new):  # while the other process is done
+            Path(new).mkdir()
+            (text_encoder.cache_dir() / f"a-1-{file.stat().st_mtime_ns}" / "done").mkdir(parents=True)
+
+    file = tmp_path / "a.gguf"
+    file.write_text("x")
+    monkeypatch.setenv("MODELGROW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Model())
+    tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    assert [path.name for path in text_encoder.convert(file).iterdir()] == ["done"]
+
+
 def test_a_spoilt_cache_says_what_to_delete(tmp_path, monkeypatch):
     spoilt = tiny_llm(text_encoder.cache_dir() / "llm")
     file = Path(spoilt) / "model.safetensors"
@@ -1677,7 +1699,7 @@ def test_both_halves_of_an_alternating_set_are_aligned():
             return super().batch(texts)
 
     align.align((), Listening(), [[1, 2], [3, 4, 5]] * align.CAPTIONS)
-    assert len(seen) == align.CAPTIONS and set(seen) == {2, 3}
+    assert len(seen) == align.CAPTIONS * (1 + align.ROUNDS) and set(seen) == {2, 3}
 
 
 def test_a_refiner_learns_by_the_third_step_and_meets_later_words():
@@ -2000,7 +2022,7 @@ def test_how_far_and_with_what(tmp_path, encoder_name):
             run_training(tmp_path / "wrong", encoder_name, *wrong)
 
 
-def test_an_llm_takes_the_place_of_the_text_encoder(tmp_path, encoder_name, monkeypatch):
+def test_an_llm_takes_the_place_of_the_text_encoder(tmp_path, encoder_name):
     base, llm = run_training(tmp_path / "base", encoder_name), tiny_llm(tmp_path / "llm")
     out = tmp_path / "swapped"
     align.main([str(base), "--llm", llm, "--llm-features", "last", "--out", str(out)])
