@@ -75,7 +75,7 @@ def attention(q, k, v, mask=None, backend="auto"):
         mask = mask[:, None, None, :]  # (B, 1, 1, L)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, N, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ v  # (B, heads, N, d)
