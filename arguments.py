@@ -108,15 +108,15 @@ def parse_arguments(argv=None):
     for operator in args.grow.split(",") if args.grow else ():
         if operator not in ("depth", "width", "mlp", "llm"):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
-    for option in ("add", "where", "zero"):
-        if getattr(args, option) is not None and "depth" not in (args.grow or "").split(","):
-            raise ValueError(f"--{option} is for --grow depth, which is not given")
+    for operator, options in {"depth": "add where zero", "llm": "llm llm_features refiner"}.items():
+        for option in options.split():
+            given = getattr(args, option) != parser.get_default(option)
+            if given and operator not in (args.grow or "").split(","):
+                raise ValueError(f"--{option.replace('_', '-')} is for --grow {operator}, which is not given")
     if args.flops and (args.steps or args.minutes) and not args.resume:
         raise ValueError("--flops says how long to train; leave out --steps and --minutes")
     if args.depth and base:
         raise ValueError("--depth is for a new model; --grow depth adds blocks to a trained one")
-    if args.refiner < 0 or (args.refiner and "llm" not in (args.grow or "").split(",")):
-        raise ValueError("--refiner counts blocks of what --grow llm makes, and is nothing without it")
     data = args.data or ("rich" if base else "basic")
     if data not in SETS and not Path(data).is_dir():
         raise ValueError(
@@ -149,7 +149,7 @@ def parse_arguments(argv=None):
             raise ValueError(f"--{name} is {value}; it must be more than zero")
     if args.fps and not 0.01 <= args.fps <= 1000:
         raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
-    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
+    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1), ("refiner", 1024)):
         if not 0 <= (value := getattr(args, name) or 0) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
     return args

@@ -18,10 +18,10 @@ not.
     x = x + gate * cross_attention(modulate(x), llm)    only if llm_dim > 0
     x = x + gate * mlp(modulate(x))
 
-`modulate(x) = norm(x) * (1 + scale) + shift`; shift, scale and gate are linear in the embedded time (adaLN-zero
-of DiT, arXiv 2212.09748, one map per block). The gate is the **only** zero factor of a branch: at the start it
-is zero and the output projection is not. Growth relies on that: zero one factor and the branch is silent but
-learns; zero two and it is dead for ever.
+`modulate(x) = norm(x) * (1 + scale) + shift`; shift, scale and gate are linear in the embedded time (adaLN-
+zero of DiT, arXiv 2212.09748, one map per block). The gate is the **only** zero factor of a branch: at the
+start it is zero and the output projection is not. Growth relies on that: zero one factor and the branch is
+silent but learns; zero two and it is dead for ever.
 
 **Positions.** Rotary, in 3-D: the pairs of a head's channels are split between time, height and width, and
 rotated by position times frequency, so that q k^T depends on differences. Rotations say nothing about where a

@@ -21,6 +21,7 @@ RULE = (
     " error, it is contradicted if the opposite does, and else it is open."
 )
 MARKS = "<!-- written by study.py -->", "<!-- end of what study.py has written -->"  # in README.md
+TIMED = ("timing", "longer")  # parts of which only the loss on the way is asked
 
 # What is said: comparisons that would all have to hold, each a better arm, a worse one and what is measured:
 # the loss on "rich" or "basic" when the budget is spent, that on "basic" after equally many steps, or a set
@@ -83,8 +84,10 @@ def attributes(scores) -> float:
 
 
 def measure(result, name) -> float:
-    """A number of a result: the loss on "basic" or "rich", or the mean over the attributes of a set of
-    prompts."""
+    """A number of a result: the loss on "basic" or "rich", the "last" loss of its curve, or the mean over the
+    attributes of a set of prompts."""
+    if name == "last":
+        return losses_of(result, "val_loss")[-1][2]
     scores = result["scores"]
     losses = {"basic": "val_loss", "rich": "rich_loss"}
     return mean(scores[losses[name]]) if name in losses else attributes(scores[name])
@@ -107,13 +110,12 @@ def markdown(titles, rows) -> str:
 def differences(better, worse, name) -> list[float]:
     """By how much one arm is better in what `name` says (see `CLAIMS`), within each seed that both have; both
     are {seed: result}."""
-    seeds = sorted(better.keys() & worse.keys())
-    pairs = [(better[seed], worse[seed]) for seed in seeds]
+    pairs = [(better[seed], worse[seed]) for seed in sorted(better.keys() & worse.keys())]
     if name == "basic, equal steps":
         curves = [[losses_of(result, "old_val_loss") for result in pair] for pair in pairs]
         steps = [min(curve[-1][0] for curve in pair) for pair in curves]
         return [at(b, step) - at(a, step) for (a, b), step in zip(curves, steps, strict=True)]
-    if name in ("basic", "rich"):  # less is better
+    if name in ("basic", "rich", "last"):  # less is better
         return [measure(b, name) - measure(a, name) for a, b in pairs]
     mine, other = name if isinstance(name, tuple) else (name, name)
     return [measure(a, mine) - measure(b, other) for a, b in pairs]
@@ -269,24 +271,28 @@ def since_growth(arm, seed, by_arm, starts):
         arm = starts[arm]
 
 
-def timing_section(found, targets) -> list[str]:
-    """The table of part timing; targets: {seed: result} of the large model from scratch."""
-    rows = []
+TIMING = (
+    "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
+    " times fewer).** Loss on `rich` when the budget is spent, and how many times fewer FLOPs, those of the"
+    " small model included, were enough for the final loss of *large from scratch*. A grown model counts from"
+    " its growth on; *never grown* is the small model, for the whole budget:"
+)
+LONGER = "**And with four times that budget**, when the small model has come nearer to its limit:"
+
+
+def timing_table(found) -> str:
+    """The table of a part in which the loss is all that is asked."""
+    rows, targets, small = [], found.get("large from scratch", {}), found.get("never grown", {})
     for arm, by_seed in found.items():
         factors = savings(by_seed, targets)
         told = ", ".join(f"{f:.2f}" if f else "never" for f in factors)
-        last = spread([losses_of(r, "val_loss")[-1][2] for r in by_seed.values()], 4)
         word = verdict([math.log(f) for f in factors]) if all(factors) else "not in every seed"
-        rows.append([arm, last, spread(factors, 2) if all(factors) else "", told, word])
-    last = spread([losses_of(r, "val_loss")[-1][2] for r in targets.values()], 4)
-    rows.append(["large from scratch", last, "1", "", ""])
-    return [
-        "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers:"
-        " 1.5 times fewer).** Loss on `rich` when the budget is spent, and how many times fewer FLOPs, those"
-        " of the small model included, were enough for the final loss of *large from scratch*. A grown model"
-        " counts from its growth on; *never grown* is the small model, for the whole budget:",
-        markdown(["arm", "final loss", "times fewer", "by seed", "fewer in every seed"], rows),
-    ]
+        saved = [spread(factors, 2) if all(factors) else "", told, word]
+        lower = differences(by_seed, small, "last") if by_seed is not small else []
+        last = [measure(r, "last") for r in by_seed.values()]
+        rows.append([arm, spread(last, 4), *saved, spread(lower, 4), verdict(lower) if lower else ""])
+    titles = ["arm", "final loss", "times fewer", "by seed", "fewer in every seed"]
+    return markdown([*titles, "lower than *never grown* by", "lower in every seed"], rows)
 
 
 def claims(found) -> list[str]:
@@ -312,14 +318,10 @@ COLOURS = [f"C{i}" for i in range(10)] + ["goldenrod", "black", "navy", "lime", 
 
 def new_plot(**labels):
     """-> a figure and its axes, drawn without a screen."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.set(**labels)
-    return figure, axes
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    return figure, figure.add_subplot(**labels)
 
 
 def save_plot(figure, path):
@@ -327,8 +329,8 @@ def save_plot(figure, path):
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def plot_growth(found, starts, results: Path):
-    """Loss on `rich` over FLOPs, and what was gained against what was forgotten."""
+def plot_losses(found, path, dashed=()):
+    """Loss on `rich` over FLOPs, means over seeds."""
     figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich", yscale="log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
@@ -338,10 +340,13 @@ def plot_growth(found, starts, results: Path):
         curves = [losses_of(result, "val_loss") for result in by_seed.values()]
         points = [[mean(v) for v in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
         flops, losses = [p[1] for p in points[1:]], [p[2] for p in points[1:]]
-        style = "--" if starts[arm] != "base" else "-"
-        axes.plot(flops, losses, style, color=COLOURS[number % len(COLOURS)], label=arm)
+        axes.plot(flops, losses, "--" if arm in dashed else "-", color=COLOURS[number % 16], label=arm)
     axes.legend(fontsize=8)
-    save_plot(figure, results / "loss.png")
+    save_plot(figure, path)
+
+
+def plot_forgetting(found, starts, path):
+    """What was gained on `rich` against what was forgotten of `basic`."""
     base = found.get("base", {})
     figure, axes = new_plot(
         xlabel="forgotten: loss on basic, more than the base's",
@@ -357,7 +362,7 @@ def plot_growth(found, starts, results: Path):
         axes.errorbar(place, height, *bars, "o", color=colour, capsize=2)
         away = (5, (4, -11)[i % 2])  # neighbours have their names above and below
         axes.annotate(arm, (place, height), xytext=away, textcoords="offset points", fontsize=8, color=colour)
-    save_plot(figure, results / "forgetting.png")
+    save_plot(figure, path)
 
 
 def plot_timing(found, targets, results: Path):
@@ -389,7 +394,7 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
     for part, arms in parts.items():
         every = [json.loads(file.read_text()) for file in sorted((results / part).glob("*.json"))]
         by_arm = {arm: {r["seed"]: r for r in every if r["arm"] == arm} for arm in arms}
-        if part == "timing":
+        if part in TIMED:
             before = {arm: start for arm, (start, _) in arms.items()}
             by_arm = {
                 arm: {seed: since_growth(arm, seed, by_arm, before) for seed in by_seed}
@@ -411,7 +416,9 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
     if (file := results / "reader.json").is_file():
         details += ["## The reader", "What it reads of true clips:", table(json.loads(file.read_text()))]
     if found["growth"]:
-        plot_growth(found["growth"], starts, results)
+        dashed = [arm for arm, start in starts.items() if start != "base"]
+        plot_losses(found["growth"], results / "loss.png", dashed)
+        plot_forgetting(found["growth"], starts, results / "forgetting.png")
         first, losses, *rest = growth_section(found["growth"], starts)
         short += [RULE, *claims(found["growth"]), first, losses]
         short += ["![Loss over FLOPs](loss.png)", "![Learned and forgotten](forgetting.png)"]
@@ -420,7 +427,11 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
         details += ["## Growth", *rest]
     if found["timing"] and targets:
         plot_timing(found["timing"], targets, results)
-        short += [*timing_section(found["timing"], targets), "![When to grow](timing.png)"]
+        with_large = found["timing"] | {"large from scratch": targets}
+        short += [TIMING, timing_table(with_large), "![When to grow](timing.png)"]
+    if found["longer"]:
+        plot_losses(found["longer"], results / "longer.png")
+        short += [LONGER, timing_table(found["longer"]), "![Four times the budget](longer.png)"]
     if found["language"]:
         scores = score_tables(found["language"], "base encoder")
         short += [*claims(found["language"]), "**The language model.** " + scores[0], *scores[1:4]]

@@ -1,7 +1,7 @@
 """The study: what the paper claims, tested at a scale that a laptop can afford.
 
 ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks, and that one with a
-language model. Three parts, each with a base per seed, from which all its arms go on:
+language model. Four parts, each with a base per seed, from which all its arms go on:
 
 **language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
 in the same order, with or without a branch that reads the hidden states of an LLM; half of the captions is
@@ -16,6 +16,8 @@ included, so that an arm with half the blocks makes twice the steps; the tables 
 
 **timing** - when to grow, and does it save anything? Small models learn `rich` for a share of that budget and
 are then grown to the size of *large from scratch*; how soon do they reach its final loss?
+
+**longer** - and with four times that budget, when a small model has come nearer to its limit?
 
 **FLOPs** are counted by torch for a step forward and backward (`dit.count_flops`), without the frozen text
 encoders, whose features are computed once. Learning rates stay on their plateau and the averaged weights
@@ -49,7 +51,7 @@ from checkpoint import load_model
 from draw import save_grid
 from evaluate import evaluate, prove, table
 from reader import Reader, get_reader
-from report import write_report
+from report import TIMED, write_report
 from sample import solve, to_uint8
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, train
@@ -77,7 +79,8 @@ TOLD_BY = ("seen", "held-out words", "held-out forms", "long")
 BUDGET = 2.4e13  # FLOPs: 1,400 steps of *large from scratch*
 PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 200 "
 NEW = PLATEAU + "--preset nano "
-RICH = f"--data rich --clips 8192 --flops {BUDGET:g} "
+SPEND = "--data rich --clips 8192 --flops "
+RICH = f"{SPEND}{BUDGET:g} "
 GROWN = PLATEAU + RICH
 DEPTH = GROWN + "--grow depth "
 GROWTH = {
@@ -101,13 +104,20 @@ GROWTH = {
 SHARES = (5, 10, 25, 50, 80)  # % of the budget spent before growth
 TIMING = {}
 for before, share in zip((None, *SHARES), SHARES, strict=False):
-    told = f"--data rich --clips 8192 --flops {BUDGET * share / 100:g}"
+    told = f"{SPEND}{BUDGET * share / 100:g}"
     start = f"_small {before} %" if before else None
     TIMING[f"_small {share} %"] = (start, (PLATEAU if before else NEW) + told)
     TIMING[f"insert at {share} %"] = (f"_small {share} %", DEPTH)
 TIMING["never grown"] = ("_small 80 %", GROWN)
 TIMING["_smaller 25 %"] = (None, f"{NEW}--depth 2 --data rich --clips 8192 --flops {BUDGET / 4:g}")
 TIMING["insert at 25 %, x 4"] = ("_smaller 25 %", DEPTH + "--add 6")
+FAR = f"--every 800 {SPEND}{4 * BUDGET:g}"
+LONGER = {
+    "_small 50 %": (None, f"{NEW}--every 800 {SPEND}{2 * BUDGET:g}"),
+    "insert at 50 %": ("_small 50 %", f"{PLATEAU}{FAR} --grow depth"),
+    "never grown": ("_small 50 %", PLATEAU + FAR),
+    "large from scratch": (None, f"{NEW}{FAR} --depth 8"),
+}
 GALLERY = ("base", "lora", "insert", "insert + llm")
 SHOWN = (
     "an orange cat surfing in the snow",
@@ -115,7 +125,7 @@ SHOWN = (
     "three blue fish moving left in the desert",
     "a purple ball bouncing above a green dog that turns red in a meadow",
 )
-PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING}
+PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
 
 
 class WrongPrompts(Prompts):
@@ -228,7 +238,7 @@ def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
     result["flops"] = load_model(run)[1]["flops"]
-    if part != "timing" and arm[0] != "_":
+    if part not in TIMED and arm[0] != "_":
         count, steps = (2, 1) if quick else (100 if part == "growth" else 200, 6)
         read, only = READ.get(arm, Prompts), TOLD_BY if part == "language" else ()
         result["scores"] = evaluate(run, reader, count, steps, seed=seed, read=read, only=only)

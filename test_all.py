@@ -743,9 +743,13 @@ def test_features_are_kept(tmp_path, monkeypatch):
         assert torch.equal(text_encoder.encode(texts, name).flat, first.flat)
     file.write_bytes(file.read_bytes()[:100])  # a file that was cut off is made anew
     assert torch.equal(text_encoder.encode(texts, name).flat, first.flat)
+    child = CHILDREN.Process(target=read_with_little_room, args=(name,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 3 and list(text_encoder.cache_dir().iterdir()) == [file]  # a full disk
 
 
-def tiny_llm(directory):
+def tiny_llm(directory, family="Llama"):
     """A random causal LLM with a chat template, saved as a directory."""
     import tokenizers
     import transformers
@@ -761,8 +765,9 @@ def tiny_llm(directory):
     fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=len(words), num_key_value_heads=2, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8} if family in ("Llama", "Gemma2") else {}
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(words), **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     fast.save_pretrained(directory)
     return str(directory)
 
@@ -792,6 +797,29 @@ def test_features_of_an_llm(tmp_path, layers):
     assert torch.allclose(features[0].float() * encoder.spread + encoder.centre, truth, atol=0.05)
     with pytest.raises(ValueError, match="no features are called 'first'"):
         text_encoder.LanguageModel(str(tmp_path), "first")
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Gemma2"])
+def test_llms_of_other_families(tmp_path, family):
+    """Their inner model has another name, and Gemma's template refuses a system text."""
+    encoder = text_encoder.LanguageModel(tiny_llm(tmp_path, family))
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    file = tmp_path / "chat_template.jinja"
+    template = file.read_text()
+    file.write_text(refusing + template)
+    other = text_encoder.LanguageModel(str(tmp_path))
+    assert other.before == f"user {text_encoder.SYSTEM}\n\n" and encoder.before.startswith("system You are")
+    for llm in (encoder, other):
+        features, mask = llm(["a red cat", "surfing"])
+        assert features.shape == (2, 4, 16) and features.isfinite().all() and mask.sum(1).tolist() == [4, 2]
+        tokens = llm.tokenizer(llm.before + "a red cat" + llm.after, return_tensors="pt")
+        hidden = llm.model(**tokens, output_hidden_states=True).hidden_states[-1]  # by hand, without cropping
+        truth = text_encoder.normalise(text_encoder.normalise(hidden.float()))[0, llm.crop :]
+        assert torch.allclose(features[0].float() * llm.spread + llm.centre, truth, atol=0.05)
+        assert llm.recaption("a red cat", tries=2)[1].startswith("none of 2")
+    file.write_text(template[:20])
+    with pytest.raises(ValueError, match=r"the chat template of .* cannot be used: "):
+        text_encoder.LanguageModel(str(tmp_path))
 
 
 @pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
@@ -2100,9 +2128,9 @@ def test_growing_an_llm_branch(tmp_path, encoder_name, monkeypatch):
 
     # A branch that grow.py has made knows of no LLM.
     grow.main([str(base), "--llm", "16", "--out", str(tmp_path / "by-hand")])
-    with pytest.raises(ValueError, match="but names none"):
+    with pytest.raises(ValueError, match="but names no LLM"):
         run_training(tmp_path / "more", encoder_name, "--from", str(tmp_path / "by-hand"))
-    with pytest.raises(ValueError, match="but names none"):
+    with pytest.raises(ValueError, match="but names no LLM"):
         sample.main(["a cat", "--from", str(tmp_path / "by-hand"), "--out", str(tmp_path)])
 
 
@@ -2419,6 +2447,10 @@ def test_numbers_of_a_growth_report(tmp_path):
         for arm, losses in (("insert at 25 %", [3, 2.5, 2.1]), ("never grown", [3, 2.9])):
             result = growth_result(arm, seed, losses, 0.5, 50)
             (tmp_path / "timing" / f"{arm}-{seed}.json").write_text(json.dumps(result))
+        (tmp_path / "longer").mkdir(exist_ok=True)
+        for arm, losses in (("insert at 50 %", [3, 2.8 + 0.01 * seed]), ("never grown", [3, 2.9])):
+            result = growth_result(arm, seed, losses, 0.5, 50)
+            (tmp_path / "longer" / f"{arm}-{seed}.json").write_text(json.dumps(result))
     text = report.write_report(tmp_path, study.PARTS)
     assert "*insert* over *continued*, basic: 0.0900 ± 0.0100 (holds)" in text
     assert "*insert* over *continued*, basic, equal steps: 0.0900 ± 0.0100 (holds)" in text
@@ -2431,8 +2463,11 @@ def test_numbers_of_a_growth_report(tmp_path):
     assert "| continued | 300 | 2.3100 ± 0.0100 | 1.3000 ± 0.0000 | 2.4100 ± 0.0100 |" in text
     assert "LLaMA-Pro" not in text  # nothing is said of arms that are not there
     assert "| never grown | 2.9000 ± 0.0000 |  | never, never, never | not in every seed |" in text
-    assert "| insert at 25 % | 2.1000 ± 0.0000 | " in text
-    names = "loss.png", "forgetting.png", "timing.png"
+    (row,) = re.findall(r"\| insert at 25 % \| 2.1000 ± 0.0000 \| .*", text)
+    assert row.endswith(" | 0.8000 ± 0.0000 | holds |")
+    (row,) = re.findall(r"\| insert at 50 % .*", text)  # without the large model from scratch
+    assert row == "| insert at 50 % | 2.8100 ± 0.0100 |  |  | open | 0.0900 ± 0.0100 | holds |"
+    names = "loss.png", "forgetting.png", "timing.png", "longer.png"
     pictures = [(tmp_path / name).read_bytes() for name in names]
     readme = tmp_path / "page.md"
     readme.write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
@@ -2485,6 +2520,14 @@ def decode_with_little_room(root):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     try:
         clips.Folder(root)
+    except OSError:
+        sys.exit(3)
+
+
+def read_with_little_room(name):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        text_encoder.encode(["a red cat " * n for n in range(100)], name)
     except OSError:
         sys.exit(3)
 
@@ -3010,6 +3053,7 @@ def test_user_errors_are_one_line(tmp_path):
     save_model(good, random_model().state_dict(), SMALL, text_encoder="minilm")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "taken").write_text("")
+    llm = tiny_llm(tmp_path / "llm")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     for argv, words in (
         (["sample.py", ""], "the prompt is empty"),
@@ -3043,7 +3087,9 @@ def test_user_errors_are_one_line(tmp_path):
         (["train.py", "--grow", "llm", "--drop-text", "1"], "--drop-text is 1.0"),
         (["train.py", "--grow", "llm", "--llm", "no/such", "--from", str(good)], "cannot load 'no/such'"),
         (["sample.py", "a cat", "--from", str(good), "--recaption"], "needs a model that reads with an LLM"),
-        (["train.py", "--refiner", "2"], "nothing without it"),
+        (["train.py", "--refiner", "2"], "--refiner is for --grow llm"),
+        (["train.py", "--grow", "depth", "--llm-features", "mean"], "--llm-features is for --grow llm"),
+        (["train.py", "--quick", "--text", llm], "can be an --llm, but no --text"),
         (["train.py", "--quick", "--from", str(good), "--drop-text", "0.5"], "--drop-text is for a model"),
         (["study.py", "--arms", "more"], "no arm is called 'more'"),
         (["study.py", "--report"], "no results in results"),

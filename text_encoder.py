@@ -51,9 +51,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import jinja2
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 NULL_PROMPT = ""
@@ -186,9 +187,11 @@ class TextEncoder:
     """A frozen encoder and its tokenizer. `dim` is the number of channels of its features."""
 
     def __init__(self, name: str = "minilm"):
-        """name: "minilm", a directory or a Hub id. Raises OSError if it cannot be loaded."""
+        """name: "minilm", a directory or a Hub id. Raises OSError or ValueError if it cannot be used."""
         self.name = name
         self.tokenizer, self.model = load(name, "AutoModel", torch.float32)
+        if not self.tokenizer(NULL_PROMPT)["input_ids"]:
+            raise ValueError(f"{name!r} has no token for the empty prompt: it can be an --llm, but no --text")
         config = self.model.config
         self.dim = config.hidden_size
         limit = getattr(config, "max_position_embeddings", None) or 512
@@ -222,21 +225,26 @@ class LanguageModel:
         self.tokenizer.padding_side = "right"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.dim = self.model.config.hidden_size
-        self.before, self.after = self.template().split("PROMPT")
+        template = self.chat("PROMPT") if self.tokenizer.chat_template else f"{SYSTEM}\nPROMPT\n"
+        self.before, self.after = template.split("PROMPT")
         before = self.tokenizer(self.before, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        self.crop, self.past = before.shape[1], self.model.model(before, use_cache=True).past_key_values
+        self.crop, self.past = before.shape[1], self.model.base_model(before, use_cache=True).past_key_values
         self.centre, self.spread = 0.0, 1.0
         features, mask = self([*EXAMPLES, *(short + rest for short, rest in EXAMPLES.items()), INSTRUCTION])
         spread, self.centre = torch.std_mean(features[mask].float(), 0)  # (dim,) each
         self.spread = spread.clamp_min(0.01)
 
-    def template(self) -> str:
-        """The chat template around the word PROMPT. A model without one gets the system text and a line
-        end."""
-        if not self.tokenizer.chat_template:
-            return f"{SYSTEM}\nPROMPT\n"
-        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "PROMPT"}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False)
+    def chat(self, *said: str, **options) -> str:
+        """The chat template with what the user and the LLM say in turn. The system text comes first, or, if a
+        template refuses it as Gemma's does, begins the user's words. Raises ValueError for a broken one."""
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        opened = [{**turns[0], "content": f"{SYSTEM}\n\n{said[0]}"}, *turns[1:]]
+        for attempt in ([{"role": "system", "content": SYSTEM}, *turns], opened):
+            try:
+                return self.tokenizer.apply_chat_template(attempt, tokenize=False, **options)
+            except jinja2.TemplateError as error:
+                reason = error
+        raise ValueError(f"the chat template of {self.name!r} cannot be used: {reason}")
 
     @torch.no_grad()
     def __call__(self, texts: list[str]):
@@ -249,12 +257,11 @@ class LanguageModel:
         )  # fmt: skip
         past = copy.deepcopy(self.past)  # keys and values of what comes before every text: computed once
         past.batch_repeat_interleave(len(texts))
-        hidden = self.model.model(
+        hidden = self.model.base_model(
             input_ids=tokens["input_ids"][:, self.crop :], attention_mask=tokens["attention_mask"],
             past_key_values=past, output_hidden_states=True,
         ).hidden_states  # layers + 1 of (B, L, dim)  # fmt: skip
-        middle = hidden[len(hidden) // 2]
-        chosen = {"last": hidden[-1:], "middle": [middle], "mean": hidden[1:]}[self.layers]
+        chosen = {"last": hidden[-1:], "middle": [hidden[len(hidden) // 2]], "mean": hidden[1:]}[self.layers]
         mask = tokens["attention_mask"][:, self.crop :].bool()
         features = normalise(sum(normalise(h.float()) for h in chosen))
         return ((features - self.centre) / self.spread).bfloat16() * mask.unsqueeze(-1), mask
@@ -268,12 +275,8 @@ class LanguageModel:
             raise ValueError("this LLM has no chat template, so it cannot be asked for a re-caption")
         if len(self.tokenizer(prompt)["input_ids"]) > LLM_TOKENS or not 0 < len(words(prompt)) < FEWEST:
             return "", "the prompt has no words, or too many already"
-        turns = [{"role": "system", "content": SYSTEM}]
-        for short, rest in EXAMPLES.items():
-            turns.append({"role": "user", "content": INSTRUCTION + short})
-            turns.append({"role": "assistant", "content": short + rest})
-        turns.append({"role": "user", "content": INSTRUCTION + prompt})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prompt
+        examples = (turn for short, rest in EXAMPLES.items() for turn in (INSTRUCTION + short, short + rest))
+        text = self.chat(*examples, INSTRUCTION + prompt, add_generation_prompt=True) + prompt
         tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         never = [  # what would be a fault anyway
             self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
@@ -389,9 +392,9 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None, en
         for i, feature, real in zip(chunk, features, mask, strict=True):
             found[i] = feature[real]
     flat, lengths = torch.cat(found), torch.tensor([len(f) for f in found])
-    new = path.with_suffix(f".{os.getpid()}")
-    save_file({"flat": flat, "lengths": lengths}, new)
-    new.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as new:  # a full disk is an OSError, and leaves nothing
+        Path(new, "new").write_bytes(save({"flat": flat, "lengths": lengths}))
+        Path(new, "new").replace(path)
     return Features(texts, flat, lengths)
 
 
@@ -399,9 +402,7 @@ def encoders(header: dict, llm_dim: int) -> list[tuple[str, str | None]]:
     """Which encoders the model of a checkpoint reads: names, and the layers of an LLM. Raises ValueError for
     a model with a branch for an LLM whose header names none, as if grown by hand."""
     if llm_dim and "llm" not in header:
-        raise ValueError(
-            "this model has a branch for an LLM but names none: make it with train.py --grow llm"
-        )
+        raise ValueError("this model has an LLM branch but names no LLM: make it with train.py --grow llm")
     return [(header["text_encoder"], None), *([(header["llm"], header["llm_features"])] if llm_dim else [])]
 
 
@@ -437,8 +438,7 @@ def main(argv=None):
         print(f"{text!r}: {' '.join(tokens)}")
         print(f"  features {tuple(features.shape)} {str(features.dtype)[6:]}, {int(mask.sum())} real tokens")
     if args.llm:
-        reply, reason = encoder.recaption(args.prompt)
-        print(f"re-caption: {reply or reason}")
+        print("re-caption:", *encoder.recaption(args.prompt))
 
 
 if __name__ == "__main__":
