@@ -136,8 +136,8 @@ PRESETS: dict[str, DiTConfig] = {
 
 
 def rms_norm(x):
-    """Divide by the root mean square over the last axis; no parameters."""
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    """Divide by the root mean square over the last axis, in x's type; no parameters."""
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
 
 
 def layer_norm(x):

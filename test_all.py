@@ -1119,6 +1119,19 @@ def test_patches_keep_pixels_together():
     )  # order t, y, x
 
 
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)]
+)
+def test_norms(dtype, error):
+    """Against torch's own RMSNorm in float64, and what is modulated has the type of the modulation."""
+    x = 3 * torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, truth = dit.rms_norm(x.to(dtype)), torch.nn.functional.rms_norm(x, (16,), eps=1e-6)
+    assert ours.dtype == dtype and (ours - truth).abs().max() < error * truth.abs().max()
+    shift, scale = torch.full((2, 1, 16), 0.5, dtype=dtype), torch.full((2, 1, 16), -0.25, dtype=dtype)
+    ours, truth = dit.modulate(x, shift, scale), 0.75 * torch.nn.functional.layer_norm(x, (16,)) + 0.5
+    assert ours.dtype == dtype and (ours - truth).abs().max() < error * truth.abs().max()
+
+
 def test_rotary_positions_are_relative():
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 32, generator=g, dtype=torch.float64) for _ in range(2))
