@@ -10,9 +10,9 @@ variance one.
 Three backends compute the same function. `eager` is the maths, written out; it stores the (N, L) matrix of
 weights, which costs memory quadratic in the number of tokens and is the way to read. `sdpa` is torch's fused
 `scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `triton` on a GPU in types
-of 16 bits where it is installed and can do it, and else `sdpa`, but `eager` in bfloat16 on a CPU, where
-batched matrix products over a few hundred tokens were faster than the fused loop (`python bench.py attention`
-compares them).
+of 16 bits where it is installed and can do it, and else `sdpa`; but when training in bfloat16 on a CPU with
+no more than 256 keys it is `eager`, since the backward of the fused one is slow there (`python bench.py
+attention` compares them).
 
 **The kernel** (FlashAttention-2, arXiv 2307.08691) never stores the matrix. Fast memory on the chip holds a
 *tile* of a few dozen queries, or keys, at a time. A program takes one tile of queries and walks over the
@@ -67,8 +67,8 @@ def attention(q, k, v, mask=None, backend="auto"):
         raise ValueError(f"no attention backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "auto":
         able = triton and BUILDS and q.is_cuda and q.shape[-1] in HEAD_DIMS and v.dtype in DTYPES[1:]
-        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16  # sdpa, above all its backward
-        backend = "triton" if able else "eager" if slow else "sdpa"
+        slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled()
+        backend = "triton" if able else "eager" if slow and k.shape[-2] <= 256 else "sdpa"
     if backend == "triton":
         return triton_attention(q, k, v, mask)
     if mask is not None:

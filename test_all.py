@@ -1006,6 +1006,21 @@ def test_unknown_backend():
     attention_module.main()
 
 
+def test_attention_takes_the_faster_backend(monkeypatch):
+    """On a CPU the fused one, but to train in bfloat16 on few keys."""
+    fused = []
+    function = torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *given, **how: fused.append(True) or function(*given, **how)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for dtype, keys, training in itertools.product(
+        (torch.float32, torch.bfloat16), (256, 257), (False, True)
+    ):
+        with torch.set_grad_enabled(training):
+            attention(torch.zeros(1, 1, 2, 4, dtype=dtype), *torch.zeros(2, 1, 1, keys, 4, dtype=dtype))
+        assert bool(fused) == (not training or dtype == torch.float32 or keys == 257), (dtype, keys, training)
+        fused.clear()
+
+
 def kernel_in_numpy():
     """Values and gradients of the kernel against float64, on random shapes, types and masks; memory that
     nobody has written is nan. Then a model under autocast."""
