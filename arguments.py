@@ -110,7 +110,7 @@ def parse_arguments(argv=None):
             raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
     for operator, options in {"depth": "add where zero", "llm": "llm llm_features refiner"}.items():
         for option in options.split():
-            given = getattr(args, option) != parser.get_default(option)
+            given = getattr(args, option) != parser.get_default(option) and not args.resume
             if given and operator not in (args.grow or "").split(","):
                 raise ValueError(f"--{option.replace('_', '-')} is for --grow {operator}, which is not given")
     if args.flops and (args.steps or args.minutes) and not args.resume:

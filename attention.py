@@ -10,7 +10,7 @@ variance one.
 Three backends compute the same function. `eager` is the maths, written out; it stores the (N, L) matrix of
 weights, which costs memory quadratic in the number of tokens and is the way to read. `sdpa` is torch's fused
 `scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `triton` on a GPU in types
-of 16 bits where it is installed and can do it, and else `sdpa`; but when training in bfloat16 on a CPU with
+of 16 bits where it is installed and can do it, and else `sdpa`; but with gradients in bfloat16 on a CPU and
 no more than 256 keys it is `eager`, since the backward of the fused one is slow there (`python bench.py
 attention` compares them).
 

@@ -48,6 +48,8 @@ SHAPES = {  # of attention in training: (B, heads, N, L, d)
     "nano, self": (32, 4, 64, 64, 32),
     "tiny, self": (32, 4, 128, 128, 32),
     "tiny, text": (32, 4, 128, 16, 32),
+    "256 tokens": (16, 4, 256, 256, 64),
+    "512 tokens": (8, 6, 512, 512, 64),
     "small, self": (4, 6, 2048, 2048, 64),
     "small, text": (4, 6, 2048, 77, 64),
 }

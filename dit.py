@@ -147,7 +147,7 @@ def layer_norm(x):
 
 def modulate(x, shift, scale):
     """LayerNorm, then scale and shift by time: x (B, N, D), shift and scale (B, 1, D) -> (B, N, D), in their
-    type. Under autocast that is 16 bits, to which the matrix product that comes next would round anyway."""
+    type: 16 bits under autocast, as of the matrix product that comes next."""
     return layer_norm(x).to(scale.dtype) * (1 + scale) + shift
 
 
@@ -182,8 +182,7 @@ def rope_angles(positions, head_dim):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864): turn pair (i, i + d/2) of x (B, heads, N, d) by its
-    angle."""
+    """Rotary positions (RoFormer, arXiv 2104.09864): turn pair (i, i + d/2) of x (..., N, d) by its angle."""
     a, b = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -220,7 +219,8 @@ class SelfAttention(nn.Module):
         qk = rms_norm(qk)
         if rope is not None:
             qk = rotate(qk, *rope)
-        return self.proj(attention(*qk, *v, mask).transpose(1, 2).flatten(2))  # (B, N, D)
+        q, k, v = *qk, *v
+        return self.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class CrossAttention(nn.Module):

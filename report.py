@@ -24,8 +24,8 @@ MARKS = "<!-- written by study.py -->", "<!-- end of what study.py has written -
 TIMED = ("timing", "longer")  # parts of which only the loss on the way is asked
 
 # What is said: comparisons that would all have to hold, each a better arm, a worse one and what is measured:
-# the loss on "rich" or "basic" when the budget is spent, that on "basic" after equally many steps, or a set
-# of prompts, or two such sets, one for each arm.
+# the loss on "rich" or "basic" when the budget is spent, that on "basic" after equally many steps, the "last"
+# loss of the curve, or a set of prompts, or two such sets, one for each arm.
 CLAIMS = {
     "Where new blocks go: insert beats suffix, suffix beats prefix (LLaMA-Pro's order).": (
         ("insert", "suffix", "rich"),
@@ -244,8 +244,10 @@ def growth_section(found, starts) -> list[str]:
     for theirs, (name, column) in ORIGINALS.items():
         values = [[r["scores"][name].get(column) for r in found[arm].values()] for arm in arms]
         rows.append([theirs, *map(spread, values)])
-    text += [f"By the names of others; without counterpart here: {LEFT_OUT}."]
-    text += [markdown(["benchmark", *arms], rows)]
+    text += [
+        f"By the names of others; without counterpart: {LEFT_OUT}.",
+        markdown(["benchmark", *arms], rows),
+    ]
     return text + score_tables(found, "continued")
 
 
@@ -284,15 +286,14 @@ def timing_table(found) -> str:
     """The table of a part in which the loss is all that is asked."""
     rows, targets, small = [], found.get("large from scratch", {}), found.get("never grown", {})
     for arm, by_seed in found.items():
-        factors = savings(by_seed, targets)
+        factors = savings(by_seed, targets) if by_seed is not targets else []
+        saved = spread(factors, 2) if all(factors) else ""
         told = ", ".join(f"{f:.2f}" if f else "never" for f in factors)
-        word = verdict([math.log(f) for f in factors]) if all(factors) else "not in every seed"
-        saved = [spread(factors, 2) if all(factors) else "", told, word]
         lower = differences(by_seed, small, "last") if by_seed is not small else []
         last = [measure(r, "last") for r in by_seed.values()]
-        rows.append([arm, spread(last, 4), *saved, spread(lower, 4), verdict(lower) if lower else ""])
-    titles = ["arm", "final loss", "times fewer", "by seed", "fewer in every seed"]
-    return markdown([*titles, "lower than *never grown* by", "lower in every seed"], rows)
+        rows.append([arm, spread(last, 4), saved, told, spread(lower, 4), verdict(lower) if lower else ""])
+    titles = ["arm", "final loss", "times fewer", "by seed", "lower than *never grown* by", "in every seed"]
+    return markdown(titles, rows)
 
 
 def claims(found) -> list[str]:
@@ -340,7 +341,9 @@ def plot_losses(found, path, dashed=()):
         curves = [losses_of(result, "val_loss") for result in by_seed.values()]
         points = [[mean(v) for v in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
         flops, losses = [p[1] for p in points[1:]], [p[2] for p in points[1:]]
-        axes.plot(flops, losses, "--" if arm in dashed else "-", color=COLOURS[number % 16], label=arm)
+        axes.plot(
+            flops, losses, "--" if arm in dashed else "-", color=COLOURS[number % len(COLOURS)], label=arm
+        )
     axes.legend(fontsize=8)
     save_plot(figure, path)
 

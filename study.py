@@ -1,7 +1,7 @@
 """The study: what the paper claims, tested at a scale that a laptop can afford.
 
 ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks, and that one with a
-language model. Four parts, each with a base per seed, from which all its arms go on:
+language model. Four parts, and in each a base per seed, from which its arms go on:
 
 **language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
 in the same order, with or without a branch that reads the hidden states of an LLM; half of the captions is

@@ -85,8 +85,7 @@ EXAMPLES = {  # prompt: how its re-caption goes on
 
 
 def bf16_is_fast(device: str) -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32. A CPU without instructions for it was
-    ninety times slower."""
+    """Whether this machine multiplies bfloat16 fast; a CPU without its instructions was 90 times slower."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -176,11 +175,9 @@ ONE_OF_A_KIND = [  # a prompt that says "red" means not "blue"
 ]  # fmt: skip
 OPPOSITES = [
     ({"left", "leftward", "leftwards", "west"}, {"right", "rightward", "rightwards", "east"}),
-    (
-        {"up", "upward", "upwards", "rising", "rises", "ascending", "climbing", "climbs", "soaring"},
-        {"down", "downward", "downwards", "falling", "falls", "descending", "dropping", "sinking"},
-    ),
-]
+    ({"up", "upward", "upwards", "rising", "rises", "ascending", "climbing", "climbs", "soaring"},
+     {"down", "downward", "downwards", "falling", "falls", "descending", "dropping", "sinking"}),
+]  # fmt: skip
 
 
 class TextEncoder:
@@ -226,9 +223,10 @@ class LanguageModel:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.dim = self.model.config.hidden_size
         template = self.chat("PROMPT") if self.tokenizer.chat_template else f"{SYSTEM}\nPROMPT\n"
-        self.before, self.after = template.split("PROMPT")
+        self.before, _, after = template.partition("PROMPT")
+        self.after = after or self.tokenizer.eos_token or "\n"  # so that there is a null prompt
         before = self.tokenizer(self.before, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        self.crop, self.past = before.shape[1], self.model.base_model(before, use_cache=True).past_key_values
+        self.past = self.model.base_model(before, use_cache=True).past_key_values
         self.centre, self.spread = 0.0, 1.0
         features, mask = self([*EXAMPLES, *(short + rest for short, rest in EXAMPLES.items()), INSTRUCTION])
         spread, self.centre = torch.std_mean(features[mask].float(), 0)  # (dim,) each
@@ -236,13 +234,16 @@ class LanguageModel:
 
     def chat(self, *said: str, **options) -> str:
         """The chat template with what the user and the LLM say in turn. The system text comes first, or, if a
-        template refuses it as Gemma's does, begins the user's words. Raises ValueError for a broken one."""
+        template has no place for it (Gemma's), begins the user's words. Raises ValueError for a bad one."""
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
         opened = [{**turns[0], "content": f"{SYSTEM}\n\n{said[0]}"}, *turns[1:]]
         for attempt in ([{"role": "system", "content": SYSTEM}, *turns], opened):
             try:
-                return self.tokenizer.apply_chat_template(attempt, tokenize=False, **options)
-            except jinja2.TemplateError as error:
+                text = self.tokenizer.apply_chat_template(attempt, tokenize=False, **options)
+                if all(part in text for part in (SYSTEM, *said)):
+                    return text
+                reason = "it leaves out what is said"
+            except (jinja2.TemplateError, TypeError) as error:
                 reason = error
         raise ValueError(f"the chat template of {self.name!r} cannot be used: {reason}")
 
@@ -252,19 +253,19 @@ class LanguageModel:
         of some fixed sentences, zero where there is no token, and mask (B, L) bool. Tokens are those of the
         text and of what follows it in the template."""
         tokens = self.tokenizer(
-            [self.before + text + self.after for text in texts], add_special_tokens=False,
-            padding=True, truncation=True, max_length=self.crop + LLM_TOKENS, return_tensors="pt",
+            [text + self.after for text in texts], add_special_tokens=False, padding=True, truncation=True,
+            max_length=LLM_TOKENS, return_tensors="pt",
         )  # fmt: skip
+        mask = tokens["attention_mask"]
         past = copy.deepcopy(self.past)  # keys and values of what comes before every text: computed once
         past.batch_repeat_interleave(len(texts))
         hidden = self.model.base_model(
-            input_ids=tokens["input_ids"][:, self.crop :], attention_mask=tokens["attention_mask"],
-            past_key_values=past, output_hidden_states=True,
+            input_ids=tokens["input_ids"], past_key_values=past, output_hidden_states=True,
+            attention_mask=torch.nn.functional.pad(mask, (past.get_seq_length(), 0), value=1),
         ).hidden_states  # layers + 1 of (B, L, dim)  # fmt: skip
         chosen = {"last": hidden[-1:], "middle": [hidden[len(hidden) // 2]], "mean": hidden[1:]}[self.layers]
-        mask = tokens["attention_mask"][:, self.crop :].bool()
         features = normalise(sum(normalise(h.float()) for h in chosen))
-        return ((features - self.centre) / self.spread).bfloat16() * mask.unsqueeze(-1), mask
+        return ((features - self.centre) / self.spread).bfloat16() * mask.unsqueeze(-1), mask.bool()
 
     @torch.no_grad()
     def recaption(self, prompt: str, tries: int = 8, seed: int = 0) -> tuple[str, str]:
@@ -278,9 +279,8 @@ class LanguageModel:
         examples = (turn for short, rest in EXAMPLES.items() for turn in (INSTRUCTION + short, short + rest))
         text = self.chat(*examples, INSTRUCTION + prompt, add_generation_prompt=True) + prompt
         tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        never = [  # what would be a fault anyway
-            self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-            for word in contradictions(prompt)
+        never = [
+            self.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in contradictions(prompt)
         ]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -392,9 +392,9 @@ def encode(texts: list[str], name: str = "minilm", layers: str | None = None, en
         for i, feature, real in zip(chunk, features, mask, strict=True):
             found[i] = feature[real]
     flat, lengths = torch.cat(found), torch.tensor([len(f) for f in found])
-    with tempfile.TemporaryDirectory(dir=path.parent) as new:  # a full disk is an OSError, and leaves nothing
-        Path(new, "new").write_bytes(save({"flat": flat, "lengths": lengths}))
-        Path(new, "new").replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as new:  # a full disk leaves nothing behind
+        Path(new, "whole").write_bytes(save({"flat": flat, "lengths": lengths}))
+        Path(new, "whole").replace(path)
     return Features(texts, flat, lengths)
 
 
@@ -438,7 +438,7 @@ def main(argv=None):
         print(f"{text!r}: {' '.join(tokens)}")
         print(f"  features {tuple(features.shape)} {str(features.dtype)[6:]}, {int(mask.sum())} real tokens")
     if args.llm:
-        print("re-caption:", *encoder.recaption(args.prompt))
+        print(f"re-caption: {''.join(encoder.recaption(args.prompt))}")
 
 
 if __name__ == "__main__":
