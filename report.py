@@ -244,10 +244,7 @@ def growth_section(found, starts) -> list[str]:
     for theirs, (name, column) in ORIGINALS.items():
         values = [[r["scores"][name].get(column) for r in found[arm].values()] for arm in arms]
         rows.append([theirs, *map(spread, values)])
-    text += [
-        f"By the names of others; without counterpart: {LEFT_OUT}.",
-        markdown(["benchmark", *arms], rows),
-    ]
+    text += [f"By others' names; without counterpart: {LEFT_OUT}.", markdown(["benchmark", *arms], rows)]
     return text + score_tables(found, "continued")
 
 
