@@ -276,12 +276,12 @@ TIMING = (
     " small model included, were enough for the final loss of *large from scratch*. A grown model counts from"
     " its growth on; *never grown* is the small model, for the whole budget:"
 )
-LONGER = "**And with four times that budget**, when the small model has come nearer to its limit:"
+LONGER = "**Nearer to its limit it is better to grow a small model than to go on.** Four times that budget:"
 
 
-def timing_table(found) -> str:
-    """The table of a part in which the loss is all that is asked."""
-    rows, targets, small = [], found.get("large from scratch", {}), found.get("never grown", {})
+def timing_table(found, goal) -> str:
+    """The table of a part of losses alone; `goal` is the arm whose last one is to be reached with less."""
+    rows, targets, small = [], found.get(goal, {}), found.get("never grown", {})
     for arm, by_seed in found.items():
         factors = savings(by_seed, targets) if by_seed is not targets else []
         saved = spread(factors, 2) if all(factors) else ""
@@ -289,8 +289,8 @@ def timing_table(found) -> str:
         lower = differences(by_seed, small, "last") if by_seed is not small else []
         last = [measure(r, "last") for r in by_seed.values()]
         rows.append([arm, spread(last, 4), saved, told, spread(lower, 4), verdict(lower) if lower else ""])
-    titles = ["arm", "final loss", "times fewer", "by seed", "lower than *never grown* by", "in every seed"]
-    return markdown(titles, rows)
+    titles = ["arm", "final loss", f"times fewer FLOPs than *{goal}*", "by seed"]
+    return markdown([*titles, "lower than *never grown* by", "in every seed"], rows)
 
 
 def claims(found) -> list[str]:
@@ -428,10 +428,10 @@ def write_report(results: Path, parts, readme: Path | None = None) -> str:
     if found["timing"] and targets:
         plot_timing(found["timing"], targets, results)
         with_large = found["timing"] | {"large from scratch": targets}
-        short += [TIMING, timing_table(with_large), "![When to grow](timing.png)"]
+        short += [TIMING, timing_table(with_large, "large from scratch"), "![When to grow](timing.png)"]
     if found["longer"]:
         plot_losses(found["longer"], results / "longer.png")
-        short += [LONGER, timing_table(found["longer"]), "![Four times the budget](longer.png)"]
+        short += [LONGER, timing_table(found["longer"], "never grown"), "![Longer](longer.png)"]
     if found["language"]:
         scores = score_tables(found["language"], "base encoder")
         short += [*claims(found["language"]), "**The language model.** " + scores[0], *scores[1:4]]

@@ -17,7 +17,8 @@ included, so that an arm with half the blocks makes twice the steps; the tables 
 **timing** - when to grow, and does it save anything? Small models learn `rich` for a share of that budget and
 are then grown to the size of *large from scratch*; how soon do they reach its final loss?
 
-**longer** - and with four times that budget, when a small model has come nearer to its limit?
+**longer** - with four times that budget, when the small model has come nearer to its limit, is it better to
+grow it than to go on?
 
 **FLOPs** are counted by torch for a step forward and backward (`dit.count_flops`), without the frozen text
 encoders, whose features are computed once. Learning rates stay on their plateau and the averaged weights
@@ -116,7 +117,6 @@ LONGER = {
     "_small 50 %": (None, f"{NEW}--every 800 {SPEND}{2 * BUDGET:g}"),
     "insert at 50 %": ("_small 50 %", f"{PLATEAU}{FAR} --grow depth"),
     "never grown": ("_small 50 %", PLATEAU + FAR),
-    "large from scratch": (None, f"{NEW}{FAR} --depth 8"),
 }
 GALLERY = ("base", "lora", "insert", "insert + llm")
 SHOWN = (
