@@ -10,6 +10,12 @@ path that v describes bends, and it takes some steps: `euler` follows the tangen
 tangents at both ends of a step, which costs two evaluations and has an error of second order. The last step
 is always Euler's, and lands exactly on the predicted clip, so that nothing is ever divided by zero.
 
+**Where the steps fall**: at t = u / (u + 3 (1 - u)) for even shares u of the steps (the shift of Stable
+Diffusion 3, arXiv 2403.03206, equation 23), so that most are taken in noise, where it is decided what there
+will be, and the last of ten begins at t = 0.75. Later times are hardly ever trained (flow.py), and at some of
+them a model errs: with even steps, of which the last of six begins at 0.83, the one that comes with the
+repository drew 0.66 of 100 seen prompts right in six steps and 0.98 in ten; with these 0.99 and 0.99.
+
 **Guidance** (classifier-free, arXiv 2207.12598). The model was also trained with the null prompt, so it knows
 what clips look like in general; moving away from that, x = x_null + guidance (x_prompt - x_null), sharpens
 what the prompt adds. Guidance 1 means none. Within the `interval` of times only (arXiv 2404.07724): near t =
@@ -43,7 +49,12 @@ from dit import check_shape
 from draw import FPS
 from text_encoder import NULL_PROMPT, bf16_is_fast, encode, encoders, make_encoder
 
-STEPS, GUIDANCE, INTERVAL = 10, 3.0, (0.0, 0.6)
+STEPS, GUIDANCE, INTERVAL, SHIFT = 10, 3.0, (0.0, 0.6), 3.0
+
+
+def time_after(share: float) -> float:
+    """The time t at which the solver stands after a share of its steps, both in [0, 1]."""
+    return share / (share + SHIFT * (1 - share))
 
 
 @torch.no_grad()
@@ -77,7 +88,7 @@ def solve(
 
     x = noise
     for i in range(steps):
-        t, t_next = i / steps, (i + 1) / steps
+        t, t_next = time_after(i / steps), time_after((i + 1) / steps)
         v = velocity(x, t)
         if method == "heun" and i < steps - 1:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2

@@ -1319,6 +1319,19 @@ def test_solver_converges_at_its_order(method, order):
     assert rates[-1] == pytest.approx(order, abs=0.25), errors
 
 
+def test_steps_fall_where_training_was():
+    """By the formula of SD3 for the share of noise, and at times that training draws."""
+    times = [sample.time_after(i / 10) for i in range(11)]
+    noise = torch.linspace(1, 0, 11, dtype=torch.float64)
+    shifted = 3 * noise / (1 + 2 * noise)
+    assert torch.allclose(1 - torch.tensor(times, dtype=torch.float64), shifted) and times[-1] == 1
+    seen = []
+    solve(lambda x, t, text, mask: seen.append(t[0].item()) or x, torch.zeros(1, 3, 2, 4, 4), method="euler")
+    assert seen == pytest.approx(times[:-1])
+    drawn = flow.time_of(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    assert (drawn > times[-2]).float().mean() < 0.01
+
+
 def test_last_step_lands_on_the_prediction():
     clip = torch.rand(2, 3, 2, 4, 4)
     out = solve(
@@ -1344,8 +1357,8 @@ def test_guidance_and_its_interval():
         solve(model, noise, steps=4, guidance=3.0, interval=(0, 1)), torch.full_like(noise, 2.0)
     )
     calls.clear()
-    solve(model, noise, steps=4, method="euler", interval=(0.3, 0.6))
-    assert calls == [2, 2, 4, 2]
+    solve(model, noise, steps=4, method="euler", interval=(0.05, 0.3))  # at 0, 0.1, 0.25, 0.5
+    assert calls == [2, 4, 4, 2]
     with pytest.raises(ValueError, match="no solver"):
         solve(model, noise, method="rk4")
 
