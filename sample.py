@@ -11,9 +11,9 @@ tangents at both ends of a step, which costs two evaluations and has an error of
 is always Euler's, and lands exactly on the predicted clip, so that nothing is ever divided by zero.
 
 **The last step begins at t = 0.75**, the others divide the time before it evenly. Later times are hardly ever
-drawn in training (flow.py), and at some of them a model errs: with steps that divide all of the time, the model
-that comes with the repository drew 0.66 of 100 seen prompts right in six of them and 0.98 in ten, since at t =
-0.83, where the last of six begins, it had learned nothing; with these it is 1.00 and 0.99.
+drawn in training (flow.py), and at some of them a model errs: with steps that divide all of the time, the
+model that comes with the repository drew 0.66 of 100 seen prompts right in six of them and 0.98 in ten, since
+the last of six begins at t = 0.83; with these it is 1.00 and 0.99.
 
 **Guidance** (classifier-free, arXiv 2207.12598). The model was also trained with the null prompt, so it knows
 what clips look like in general; moving away from that, x = x_null + guidance (x_prompt - x_null), sharpens
@@ -60,9 +60,8 @@ def solve(
 
     noise (B, 3, T, H, W) standard normal; prompt, features (B, L, D) and mask (B, L) of each text encoder in
     turn; null, the same for the null prompt, (1, L', D) with L' <= L; `guidance` is applied where
-    interval[0] <= t <= interval[1];
-    `method` is "heun" or "euler"; the last step begins at time `last`; `progress` is called after every step -> clips (B, 3, T, H, W), about in
-    [-1, 1].
+    interval[0] <= t <= interval[1]; `method` is "heun" or "euler"; the last step begins at time `last`;
+    `progress` is called after every step -> clips (B, 3, T, H, W), about in [-1, 1].
     """
     if method not in ("heun", "euler"):
         raise ValueError(f"no solver is called {method!r}; there are heun and euler")
@@ -80,10 +79,10 @@ def solve(
             clean = unprompted + guidance * (prompted - unprompted)
         return (clean.float() - x) / (1 - t)
 
-    times = [last * i / max(1, steps - 1) for i in range(steps)] + [1.0]
+    stops = [last * i / max(1, steps - 1) for i in range(steps)] + [1.0]
     x = noise
     for i in range(steps):
-        t, t_next = times[i], times[i + 1]
+        t, t_next = stops[i], stops[i + 1]
         v = velocity(x, t)
         if method == "heun" and i < steps - 1:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
