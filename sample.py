@@ -54,14 +54,14 @@ STEPS, GUIDANCE, INTERVAL, LAST = 10, 3.0, (0.0, 0.6), 0.75
 @torch.no_grad()
 def solve(
     model, noise, prompt, null, steps=STEPS, guidance=GUIDANCE,
-    interval=INTERVAL, method="heun", last=LAST, progress=None,
+    interval=INTERVAL, method="heun", progress=None, last=LAST,
 ):  # fmt: skip
     """Follow the flow from noise to clips.
 
     noise (B, 3, T, H, W) standard normal; prompt, features (B, L, D) and mask (B, L) of each text encoder in
     turn; null, the same for the null prompt, (1, L', D) with L' <= L; `guidance` is applied where
-    interval[0] <= t <= interval[1]; `method` is "heun" or "euler"; the last step begins at time `last`;
-    `progress` is called after every step -> clips (B, 3, T, H, W), about in [-1, 1].
+    interval[0] <= t <= interval[1]; `method` is "heun" or "euler"; `progress` is called after every step; the
+    last step begins at time `last` -> clips (B, 3, T, H, W), about in [-1, 1].
     """
     if method not in ("heun", "euler"):
         raise ValueError(f"no solver is called {method!r}; there are heun and euler")
