@@ -149,7 +149,7 @@ def parse_arguments(argv=None):
             raise ValueError(f"--{name} is {value}; it must be more than zero")
     if args.fps and not 0.01 <= args.fps <= 1000:
         raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
-    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1), ("refiner", 1024)):
+    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
         if not 0 <= (value := getattr(args, name) or 0) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
     return args
