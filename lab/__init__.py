@@ -1,0 +1,1 @@
+"""The evidence: reader (the judge), evaluate (scores), study, report, and bench (speed)."""
