@@ -1,0 +1,101 @@
+"""Helpers of all tests: small random models, encoders and LLMs. No test sees or fills the user's cache."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+from dit import DiT, DiTConfig
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same examples always
+settings.load_profile("same")
+
+SMALL = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=24, depth=3, heads=2, text_dim=12)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """Tests have a cache of their own."""
+    os.environ["MODELGROW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def encoder_name(tmp_path_factory):
+    """The directory of a tiny random text encoder."""
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+@torch.no_grad()
+def randomize(model, seed=0, scale=0.3):
+    """Fill every parameter with random numbers, also those that start at zero, so that every branch acts."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1 / scale**2
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return model
+
+
+def random_model(config=SMALL, seed=0, dtype=torch.float32):
+    """A model in which every branch acts: no weight is zero."""
+    return randomize(DiT(config), seed).to(dtype)
+
+
+def random_inputs(config=SMALL, batch=2, length=5, seed=0, dtype=torch.float32):
+    """-> x_t, t, text, text_mask; the prompts differ in length."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, config.frames, config.size, config.size, generator=g, dtype=dtype)
+    text = torch.randn(batch, length, config.text_dim, generator=g, dtype=dtype)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=g)
+    return x, torch.rand(batch, generator=g, dtype=dtype), text, mask
+
+
+def word_tokenizer(words, **special):
+    """A tokenizer whose vocabulary is a list of words; `<unk>` stands for every other."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if "</s>" in words:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+def tiny_encoder(directory, kind):
+    """A random encoder, "t5" or "bert", with a vocabulary of words, saved as a directory -> its name."""
+    import transformers
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "surfing"]
+    tokenizer = word_tokenizer(words, pad_token="<pad>", eos_token="</s>", model_max_length=6)
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        config = transformers.T5Config(vocab_size=len(words), decoder_start_token_id=0, **sizes)
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def tiny_llm(directory, family="Llama"):
+    """A random causal LLM with a chat template, saved as a directory -> its name."""
+    import transformers
+
+    words = ["<pad>", "<end>", "<unk>", "system", "user", "a", "red", "cat", "surfing", "You", "are"]
+    tokenizer = word_tokenizer(words, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    if family in ("Llama", "Gemma2"):
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(words), **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
