@@ -9,10 +9,9 @@ variance one.
 
 Three backends compute the same function. `eager` is the maths, written out; it stores the (N, L) matrix of
 weights, which costs memory quadratic in the number of tokens and is the way to read. `sdpa` is torch's fused
-`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `triton` on a GPU in types
-of 16 bits where it is installed and can do it, and else `sdpa`; but with gradients in bfloat16 on a CPU and
-no more than 256 keys it is `eager`, since the backward of the fused one is slow there (`python bench.py
-attention` compares them).
+`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `sdpa`; but with gradients
+in bfloat16 on a CPU and no more than 256 keys it is `eager`, since the backward of the fused one is slow
+there (`python -m lab.bench attention` compares them).
 
 **The kernel** (FlashAttention-2, arXiv 2307.08691) never stores the matrix. Fast memory on the chip holds a
 *tile* of a few dozen queries, or keys, at a time. A program takes one tile of queries and walks over the
@@ -37,9 +36,6 @@ trial, and inputs are made contiguous instead of passing strides: a video diffus
 at once. The only mask is one over keys, since prompts in a batch have different lengths.
 """
 
-import math
-import shutil
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -53,7 +49,6 @@ except ImportError:  # there are two other backends
 BACKENDS = ("auto", "eager", "sdpa", "triton")
 HEAD_DIMS = (32, 64, 128)  # what the kernel can do
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BUILDS = any(map(shutil.which, ("gcc", "clang")))  # Triton makes its launcher with a C compiler
 
 
 def attention(q, k, v, mask=None, backend="auto"):
@@ -66,9 +61,8 @@ def attention(q, k, v, mask=None, backend="auto"):
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "auto":
-        able = triton and BUILDS and q.is_cuda and q.shape[-1] in HEAD_DIMS and v.dtype in DTYPES[1:]
         slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled()
-        backend = "triton" if able else "eager" if slow and k.shape[-2] <= 256 else "sdpa"
+        backend = "eager" if slow and k.shape[-2] <= 256 else "sdpa"
     if backend == "triton":
         return triton_attention(q, k, v, mask)
     if mask is not None:
@@ -94,6 +88,7 @@ LAUNCH = {"num_warps": 8, "num_stages": 2}  # 256 threads; the next tile is load
 
 if triton:
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: numpy in place of a GPU
+    LOG2_E = tl.constexpr(1.4426950408889634)  # a constant: torch.compile would pass a float in 64 bits
 
     @triton.jit
     def load_tile(tensor, head, rows, N, D: tl.constexpr):
@@ -115,16 +110,17 @@ if triton:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def score_tile(q, k, mask, head, cols, scale, H, L, MASKED: tl.constexpr):
+    def score_tile(q, k, mask, head, cols, H, L, MASKED: tl.constexpr):
         """q (n, D), k (l, D) -> (n, l), scores times log2(e); -inf for keys that must not be looked at."""
+        SCALE: tl.constexpr = q.shape[1] ** -0.5 * LOG2_E
         seen = cols < L
         if MASKED:
             seen = tl.load(mask + (head // H).to(tl.int64) * L + cols, mask=seen, other=0) != 0
-        return tl.where(seen[None, :], product(q, tl.trans(k)) * scale, float("-inf"))
+        return tl.where(seen[None, :], product(q, tl.trans(k)) * SCALE, float("-inf"))
 
     @triton.jit
     def forward_kernel(
-        q, k, v, mask, out, log_sums, scale, H, N, L,
+        q, k, v, mask, out, log_sums, H, N, L,
         MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A tile of queries -> their outputs, and log2 of the sums of their exponentials."""
@@ -137,7 +133,7 @@ if triton:
         for start in range(0, L, TILE):
             cols = start + tl.arange(0, TILE)
             keys, values = load_tile(k, head, cols, L, D), load_tile(v, head, cols, L, D)
-            scores = score_tile(queries, keys, mask, head, cols, scale, H, L, MASKED)
+            scores = score_tile(queries, keys, mask, head, cols, H, L, MASKED)
             larger = tl.maximum(most, tl.max(scores, 1))
             weights = tl.exp2(scores - larger[:, None])
             shrink = tl.exp2(most - larger)
@@ -149,18 +145,18 @@ if triton:
 
     @triton.jit
     def slope_tile(
-        q, k, v, do, log_sums, deltas, mask, head, rows, cols, scale, H, N, L, MASKED: tl.constexpr
+        q, k, v, do, log_sums, deltas, mask, head, rows, cols, H, N, L, MASKED: tl.constexpr
     ):  # fmt: skip
         """Tiles q, do (n, D) and k, v (l, D) -> the weights p (n, l) and ds (n, l) of the formulas above."""
         inside, places = rows < N, head.to(tl.int64) * N + rows
         log_sum = tl.load(log_sums + places, mask=inside, other=float("inf"))  # no weight beyond the end
         delta = tl.load(deltas + places, mask=inside, other=0.0)
-        p = tl.exp2(score_tile(q, k, mask, head, cols, scale, H, L, MASKED) - log_sum[:, None])
+        p = tl.exp2(score_tile(q, k, mask, head, cols, H, L, MASKED) - log_sum[:, None])
         return p, p * (product(do, tl.trans(v)) - delta[:, None])
 
     @triton.jit
     def dq_kernel(
-        q, k, v, mask, do, log_sums, deltas, dq, scale, H, N, L,
+        q, k, v, mask, do, log_sums, deltas, dq, H, N, L,
         MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A tile of queries -> their gradient: a walk over the keys."""
@@ -173,14 +169,14 @@ if triton:
             keys, values = load_tile(k, head, cols, L, D), load_tile(v, head, cols, L, D)
             _, ds = slope_tile(
                 queries, keys, values, slopes, log_sums, deltas, mask,
-                head, rows, cols, scale, H, N, L, MASKED,
+                head, rows, cols, H, N, L, MASKED,
             )  # fmt: skip
             summed += product(ds.to(keys.dtype), keys)
         store_tile(dq, head, rows, N, D, summed * D**-0.5)
 
     @triton.jit
     def dkv_kernel(
-        q, k, v, mask, do, log_sums, deltas, dk, dv, scale, H, N, L,
+        q, k, v, mask, do, log_sums, deltas, dk, dv, H, N, L,
         MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A tile of keys -> the gradients of keys and values: a walk over the queries."""
@@ -193,7 +189,7 @@ if triton:
             queries, slopes = load_tile(q, head, rows, N, D), load_tile(do, head, rows, N, D)
             p, ds = slope_tile(
                 queries, keys, values, slopes, log_sums, deltas, mask,
-                head, rows, cols, scale, H, N, L, MASKED,
+                head, rows, cols, H, N, L, MASKED,
             )  # fmt: skip
             summed_v += product(tl.trans(p.to(slopes.dtype)), slopes)
             summed_k += product(tl.trans(ds.to(queries.dtype)), queries)
@@ -212,7 +208,7 @@ class TritonAttention(torch.autograd.Function):
         bytes_ = q.new_empty(0, dtype=torch.uint8) if mask is None else mask.contiguous().to(torch.uint8)
         out, log_sums = torch.empty_like(q), q.new_empty(B, H, N, dtype=torch.float32)
         tile = tile_size(q.dtype, D)
-        ctx.how = D**-0.5 / math.log(2), H, N, k.shape[2], mask is not None, D, tile
+        ctx.how = H, N, k.shape[2], mask is not None, D, tile
         forward_kernel[triton.cdiv(N, tile), B * H](q, k, v, bytes_, out, log_sums, *ctx.how, **LAUNCH)
         ctx.save_for_backward(q, k, v, bytes_, out, log_sums)
         return out
