@@ -27,12 +27,12 @@ def encoder_name(tmp_path_factory):
 
 
 @torch.no_grad()
-def randomize(model, seed=0, scale=0.3):
+def randomize(model, seed=0):
     """Fill every parameter with random numbers, also those that start at zero, so that every branch acts."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1 / scale**2
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+        std = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
     return model
 
 

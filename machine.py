@@ -22,8 +22,8 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if there is one, else the CPU; other names as torch knows them. Raises ValueError for
-    a device that is not there."""
+    """ "auto" -> the GPU if there is one, else the CPU; other names as torch knows them. Raises ValueError
+    for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
