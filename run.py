@@ -1,15 +1,22 @@
-"""What a run leaves on disk, and what comes back from it.
+"""What a run leaves on disk: checkpoints, metrics, pictures; how it is stopped and resumed.
 
 A checkpoint is a directory:
 
     model.safetensors         the EMA weights: enough to sample, evaluate and grow. Its header holds, as JSON,
-                              the config, the history of training and growth, and the text encoder's name
-    train_state.safetensors   what training goes on from: weights.NAME, and for each trained parameter the
-                              state of AdamW, step.NAME, exp_avg.NAME and exp_avg_sq.NAME
-    train_state.json          the step, the seconds and the learning rate
+                              the config, the history of training and growth, and the encoders' names
+    train_state.safetensors   what training continues from: weights.NAME, and for each trained parameter the
+                              optimizer state of AdamW: step.NAME, exp_avg.NAME and exp_avg_sq.NAME
+    train_state.json          the step, the learning rate, the FLOPs of the base, and the like
 
-It is written beside and renamed, so that a kill leaves it whole or absent. The files hold tensors and JSON
-and no code, unlike a pickle, which may run anything when it is opened.
+It is written beside its place and renamed, so that a kill leaves it whole or absent. The files hold tensors
+and JSON and no code, unlike a pickle, which may run anything when it is opened. A header may come from
+anywhere, so `load_model` checks all that others read of it.
+
+A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock. `Run` is
+such a directory while it is trained. One process trains in it at a time. Asked to stop (Ctrl-C, SIGTERM), it
+finishes the step and saves.
+
+Left out: several checkpoints of a run, uploads, loggers other than a file of JSON lines.
 """
 
 import copy
@@ -17,22 +24,34 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict
+import signal
+import threading
+import time
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from dit import DiT, DiTConfig
-from draw import FPS
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run anything when they are opened
+PRETRAINED = Path(__file__).with_name("pretrained")  # the model that comes with the repository
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run any code when they are opened
+LOG_EVERY = 10  # steps per line of metrics.jsonl, and per synchronization with the device
+DEFAULTS = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": 8, "new": []}
+METADATA = ("config", *DEFAULTS, "llm", "llm_features")  # entries of a header; others are ignored
+OLD_TIME_SCALE = 1000  # of models whose config does not name one
+
+# --------------------------------------------------------------------------------------------------------
+# Files
 
 
-def settle(path: Path):
-    """Wait until a file or directory is on the disk, and not only on its way: a power cut may come."""
+def fsync(path: Path):
+    """Wait until a file or directory is on the disk: a power cut may come."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -40,213 +59,419 @@ def settle(path: Path):
         os.close(number)
 
 
-def write_whole(path: Path, text: str):
-    """Write a text file whole or not at all: beside it, then renamed."""
+def write_atomically(path: Path, text: str):
+    """Write a text file whole or not at all: beside its place, then renamed."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text)
-    settle(new)
+    fsync(new)
     new.replace(path)
 
 
-def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTConfig, **header):
-    """Write `directory`/model.safetensors. `header` entries (history of growth, name of the text encoder,
-    ...) are kept as JSON in the file's header, beside the config: the file alone is enough to sample."""
-    metadata = {"config": json.dumps(asdict(config)), **{k: json.dumps(v) for k, v in header.items()}}
-    save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors", metadata)
+# --------------------------------------------------------------------------------------------------------
+# Models
+
+
+def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTConfig, **metadata):
+    """Write `directory`/model.safetensors, with the config and `metadata` (history, encoders' names, ...) as
+    JSON in its header: the file alone is enough to sample."""
+    header = {"format": "pt", "config": json.dumps(asdict(config))}  # other tools ask for the format
+    for name, value in metadata.items():
+        header[name] = json.dumps(value)
+    tensors = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(tensors, directory / "model.safetensors", header)
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is
-    none, ValueError for a pickle."""
-    if not Path(path).is_dir() and (Path(path).suffix in PICKLES or Path(path).is_file()):
+    """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is none,
+    ValueError for a pickle."""
+    path = Path(path)
+    if path.is_file() or (path.suffix in PICKLES and not path.is_dir()):
         raise ValueError(
-            f"{path} is not opened: a checkpoint here is a directory with model.safetensors, and pickles"
+            f"{path} is not opened: a checkpoint is a directory with model.safetensors, and pickles"
             f" ({' '.join(PICKLES)}), which may run any code, are never loaded"
         )
-    for directory in (Path(path) / "checkpoint", Path(path), Path(path) / "checkpoint.old"):
+    for directory in (path / "checkpoint", path, path / "checkpoint.old"):
         if (directory / "model.safetensors").is_file():
             return directory
-    raise FileNotFoundError(
-        f"there is no checkpoint in {path}: no model.safetensors there or in {path}/checkpoint"
-    )
+    raise FileNotFoundError(f"there is no checkpoint in {path}: no model.safetensors there or in {path}/checkpoint")
+
+
+def is_quick(run: Path) -> bool:
+    """Whether a run was made with --quick, which learns nothing."""
+    try:
+        return bool(json.loads((run / "args.json").read_text())["quick"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_checkpoint(root: Path = Path("runs")) -> Path:
+    """The checkpoint that was written last in any run below `root`, --quick runs left out; else the model
+    that comes with the repository. Raises FileNotFoundError if there is neither."""
+    files = [*root.glob("*/checkpoint/model.safetensors"), *root.glob("*/checkpoint.old/model.safetensors")]
+    files = [file for file in files if not is_quick(file.parents[1])]
+    if files:
+        return max(files, key=lambda file: file.stat().st_mtime).parent
+    if (PRETRAINED / "model.safetensors").is_file():
+        return PRETRAINED
+    raise FileNotFoundError("there is no trained model: run `python train.py` first, or name one with --from")
+
+
+def read_config(entries: dict) -> DiTConfig:
+    """The config of a header, also of older ones -> DiTConfig. Raises ValueError or TypeError."""
+    entries = dict(entries)
+    if entries.pop("llm_refiner", 0):
+        raise ValueError("it has a refiner, which this version cannot run: commit c2dc483 can")
+    entries.setdefault("time_scale", OLD_TIME_SCALE)
+    known = {field.name for field in fields(DiTConfig)}
+    for name in entries:
+        if name not in known:
+            raise ValueError(f"its config has an unknown field {name[:80]!r}")
+    return DiTConfig(**entries)
+
+
+def check_number(value, name: str):
+    """Raise ValueError unless `value` is a finite number from 0 on."""
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {str(value)[:80]}; it must be a finite number from 0 on")
+
+
+def check_step(value, name: str):
+    """Raise ValueError unless `value` is a number of steps."""
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise ValueError(f"{name} is {str(value)[:80]}; it must be a number of steps")
+
+
+def check_metadata(metadata: dict):
+    """Raise ValueError, TypeError, KeyError or AttributeError if an entry is not what its readers expect."""
+    check_number(metadata["flops"], "flops")
+    check_number(metadata["fps"], "fps")
+    if not 0.01 <= metadata["fps"] <= 1000:
+        raise ValueError(f"fps is {metadata['fps']}; it must be between 0.01 and 1000")
+    for name in ("text_encoder", "llm", "llm_features"):
+        if not isinstance(metadata.get(name, ""), str):
+            raise ValueError(f"{name} must be a string")
+    new = metadata["new"]
+    if not isinstance(new, list) or not all(isinstance(name, str) for name in new):
+        raise ValueError("new must be a list of parameter names")
+    for event in metadata["history"]:
+        if "grow" not in event:
+            check_step(event["steps"], "steps")
+            if not isinstance(event["train"], str) or not isinstance(event["captions"], str):
+                raise ValueError("the data of a training in the history must be a string")
+    history_tree(metadata["history"])
+
+
+def check_weights(weights: dict, config: DiTConfig):
+    """Raise ValueError unless the weights are those of a model of `config`."""
+    with torch.device("meta"):  # shapes alone: nothing is allocated before the file is known to fit
+        expected = {name: weight.shape for name, weight in DiT(config).state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "absent"
+        wanted = tuple(expected[name]) if name in expected else "absent"
+        if found != wanted:
+            raise ValueError(f"{name} is {found}, and by the config it should be {wanted}")
 
 
 def load_model(path: Path | str) -> tuple[DiT, dict]:
-    """A run or checkpoint directory -> the model with its EMA weights, in eval mode on the CPU, and the
-    rest of the header, {"text_encoder", "history", ...}. Raises FileNotFoundError or ValueError."""
+    """A run or checkpoint directory -> the model with its EMA weights, in eval mode on the CPU, and the rest
+    of the header, {"text_encoder", "history", ...}. Raises FileNotFoundError or ValueError."""
     file = find_checkpoint(path) / "model.safetensors"
     try:
         with safe_open(file, "pt") as opened:
-            header = {k: json.loads(v) for k, v in (opened.metadata() or {}).items()}
-            weights = {k: opened.get_tensor(k) for k in list(opened.keys())}
-        config = DiTConfig(**header.pop("config"))
-        header = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": FPS, "new": [], **header}
-        check_header(header)
+            header = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        metadata = {name: json.loads(header[name]) for name in METADATA if name in header}
+        config = read_config(metadata.pop("config"))
+        metadata = {**DEFAULTS, **metadata}
+        check_metadata(metadata)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file} is not a checkpoint of this project: {type(error).__name__} {reason}"
-        ) from None
-    with torch.device("meta"):  # shapes alone: nothing is allocated before the file is known to fit
-        expected = {k: v.shape for k, v in DiT(config).state_dict().items()}
-    wrong = [
-        k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)
-    ]
-    if wrong:
-        name = min(wrong)
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name]) if name in expected else "nothing"
-        raise ValueError(
-            f"{file} does not fit its own config: {name} is {found}, not {wanted} ({len(wrong)} differ)"
-        )
+        raise ValueError(f"{file} is not a checkpoint of this project: {type(error).__name__} {reason}") from None
+    try:
+        check_weights(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit its own config: {error}") from None
     model = DiT(config)
     model.load_state_dict(weights)
-    return model.eval(), header
+    return model.eval(), metadata
 
 
-def check_number(value, name):
-    """Raise ValueError unless `value` is a number from 0 on, and no infinite one."""
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {str(value)[:80]}, which is no number from 0 on")
-
-
-def check_header(header):
-    """Raise ValueError, TypeError, KeyError or AttributeError if what others read of a header is not what
-    they would understand: a file may come from anywhere."""
-    for name in ("flops", "fps"):
-        check_number(header[name], name)
-    if not 0.01 <= header["fps"] <= 1000:
-        raise ValueError(f"fps is {header['fps']}")
-    for name in ("text_encoder", "llm", "llm_features"):
-        if not isinstance(header.get(name, ""), str):
-            raise ValueError(f"{name} is no text")
-    if not (isinstance(header["new"], list) and all(isinstance(name, str) for name in header["new"])):
-        raise ValueError("new is no list of names")
-    for event in header["history"]:
+def history_tree(history: list[dict]) -> str:
+    """The history of a checkpoint, a line for each training and growth; each growth begins a branch."""
+    lines, indent = [], ""
+    for event in history:
         if "grow" not in event:
-            if type(event["steps"]) is not int or not 0 <= event["steps"] < 2**40:
-                raise ValueError(f"steps is {str(event['steps'])[:80]}")
-            if not isinstance(event["train"], str) or not isinstance(event["captions"], str):
-                raise ValueError("what was trained on has no name")
-    tree(header["history"])
+            what = f"{event['steps']} steps on {event['train']}, {event['captions']} captions"
+            lines.append(f"{indent}trained {what}, tuning {event['tune']}, seed {event['seed']}")
+            continue
+        entries = [f"{key} {a} -> {b}" for key, (a, b) in event["changed"].items()]
+        for key, value in event.items():
+            if key not in ("grow", "changed", *event["changed"]) and value is not None:
+                entries.append(f"{key} {value}")
+        lines.append(f"{indent}└─ {event['grow']}: {', '.join(entries)}")
+        indent += "   "
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 class Checkpoint(NamedTuple):
     """A training run at a step."""
 
-    model: DiT  # what the optimiser moves
+    model: DiT  # what the optimizer moves
     ema: DiT  # what is sampled
-    moments: dict[
-        str, dict[str, torch.Tensor]
-    ]  # parameter -> step, exp_avg, exp_avg_sq; none before its first step
-    header: dict  # of model.safetensors, without the config
-    state: dict  # train_state.json; empty if there is nothing but model.safetensors
+    optimizer_state: dict[str, dict[str, torch.Tensor]]  # parameter -> step, exp_avg, exp_avg_sq
+    metadata: dict  # header of model.safetensors, without the config
+    trainer_state: dict  # train_state.json; empty if there is nothing but model.safetensors
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint):
-    """Write `directory` whole or not at all: beside it, then renamed. A kill between the two renames
-    leaves `directory`.old, which `find_checkpoint` takes. Raises OSError if the disk is full; then what was
-    there before is there still."""
-    new, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
+    """Write `directory` whole or not at all. A kill between the two renames leaves `directory`.old, which
+    `find_checkpoint` takes. Raises OSError if the disk is full; what was there before stays."""
+    new = directory.with_name(directory.name + ".new")
+    old = directory.with_name(directory.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         write_checkpoint(new, checkpoint)
-    except (SafetensorError, OSError) as error:  # the first hides an OSError
+    except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{directory} could not be written: {error}") from None
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     new.rename(directory)
-    settle(directory.parent)
+    fsync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_checkpoint(new: Path, checkpoint: Checkpoint):
+def write_checkpoint(directory: Path, checkpoint: Checkpoint):
     """The files of a checkpoint, in a directory of their own."""
-    save_model(new, checkpoint.ema.state_dict(), checkpoint.ema.config, **checkpoint.header)
-    if checkpoint.state:
+    save_model(directory, checkpoint.ema.state_dict(), checkpoint.ema.config, **checkpoint.metadata)
+    if checkpoint.trainer_state:
         tensors = {f"weights.{name}": p.detach() for name, p in checkpoint.model.named_parameters()}
-        for name, moments in checkpoint.moments.items():
-            tensors |= {f"{kind}.{name}": tensor for kind, tensor in moments.items()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, new / "train_state.safetensors")
-        (new / "train_state.json").write_text(json.dumps(checkpoint.state, indent=1))
-    for file in (*new.iterdir(), new):
-        settle(file)
+        for name, entry in checkpoint.optimizer_state.items():
+            for kind, tensor in entry.items():
+                tensors[f"{kind}.{name}"] = tensor
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, directory / "train_state.safetensors")
+        (directory / "train_state.json").write_text(json.dumps(checkpoint.trainer_state, indent=1))
+    for file in (*directory.iterdir(), directory):
+        fsync(file)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are
-    those of the EMA. Raises FileNotFoundError or ValueError."""
+    """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are those
+    of the EMA. Raises FileNotFoundError or ValueError."""
     directory = find_checkpoint(path)
-    ema, header = load_model(directory)
-    model, file = copy.deepcopy(ema), directory / "train_state.safetensors"
+    ema, metadata = load_model(directory)
+    model = copy.deepcopy(ema)
+    file = directory / "train_state.safetensors"
     if not file.exists():
-        return Checkpoint(model, ema, {}, header, {})
+        return Checkpoint(model, ema, {}, metadata, {})
     try:
-        parameters = {}  # name -> weights and moments
-        for key, tensor in load_file(file).items():
-            kind, name = key.split(".", 1)
-            parameters.setdefault(name, {})[kind] = tensor
-        model.load_state_dict({name: entry.pop("weights") for name, entry in parameters.items()})
-        moments = {name: entry for name, entry in parameters.items() if entry}
-        for name, entry in moments.items():
-            shape = model.get_parameter(name).shape
-            kinds = [(entry[kind].shape, entry[kind].dtype) for kind in ("step", "exp_avg", "exp_avg_sq")]
-            if kinds != [(s, torch.float32) for s in ((), shape, shape)]:
-                raise ValueError(f"the moments of {name} have another shape or type")
-        state = json.loads(file.with_suffix(".json").read_text())
-        for name in ("step", "seconds", "look_seconds", "flops_before", "lr_before", "lr", "peak_at_128"):
-            check_number(state[name], name)
-        if (
-            type(state["step"]) is not int
-            or state["step"] >= 2**40
-            or not all(type(loss) is float for loss in state.get("losses", ()))
-        ):
-            raise ValueError("step or losses are no numbers")
+        optimizer_state = read_train_tensors(file, model)
+        trainer_state = read_trainer_state(file.with_suffix(".json"))
     except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit its model: {type(error).__name__} {reason}") from None
-    return Checkpoint(model, ema, moments, header, state)
+    return Checkpoint(model, ema, optimizer_state, metadata, trainer_state)
 
 
-def tree(history: list[dict]) -> str:
-    """The history of a checkpoint, one line for each training and growth; each growth is a branch."""
-    lines, indent = [], ""
-    for event in history:
-        if "grow" in event:
-            entries = [f"{key} {a} -> {b}" for key, (a, b) in event["changed"].items()]
-            told = {"grow", "changed", *event["changed"]}  # llm_dim is an option and a size
-            entries += [f"{k} {v}" for k, v in event.items() if k not in told and v is not None]
-            lines.append(f"{indent}└─ {event['grow']}: {', '.join(entries)}")
-            indent += "   "
+def read_train_tensors(file: Path, model: DiT) -> dict[str, dict[str, torch.Tensor]]:
+    """Load the trained weights into `model` -> the optimizer state by parameter. Raises ValueError or others
+    for tensors that do not fit."""
+    weights, optimizer_state = {}, {}
+    for key, tensor in load_file(file).items():
+        kind, name = key.split(".", 1)
+        if kind == "weights":
+            weights[name] = tensor
         else:
-            what = f"{event['steps']} steps on {event['train']}, {event['captions']} captions"
-            lines.append(f"{indent}trained {what}, tuning {event['tune']}, seed {event['seed']}")
-    return "\n".join(lines)
+            optimizer_state.setdefault(name, {})[kind] = tensor
+    model.load_state_dict(weights)
+    for name, entry in optimizer_state.items():
+        shape = model.get_parameter(name).shape
+        for kind, wanted in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
+            if entry[kind].shape != wanted or entry[kind].dtype != torch.float32:
+                raise ValueError(f"the optimizer state of {name} has another shape or type")
+    return optimizer_state
 
 
-def plot_losses(path: Path, records, times):
-    """The picture of a run: training loss and validation loss over steps (also on what the base had learned),
-    and validation loss over time t; `times` are those that the validation losses by t stand for."""
+def read_trainer_state(file: Path) -> dict:
+    """train_state.json, checked. Raises ValueError, KeyError or TypeError."""
+    state = json.loads(file.read_text())
+    if "peak_at_128" in state:  # the name in older checkpoints
+        state["base_lr"] = state.pop("peak_at_128")
+    check_step(state["step"], "step")
+    for name in ("seconds", "flops_before", "lr_before", "lr", "base_lr"):
+        check_number(state[name], name)
+    if not all(type(loss) is float for loss in state.get("losses", ())):
+        raise ValueError("losses must be a list of numbers")
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------
+# A run while it is trained
+
+
+class Diverged(ValueError):
+    """The loss or its gradient was not finite at `step`."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss or its gradient is {loss} at step {step + 1}")
+        self.step = step
+
+
+class Run:
+    """The directory of a run while it is trained: `with Run(folder) as run:`.
+
+    `writer`: whether this process writes (one of several does). `agree` makes a number the largest of those
+    of all processes, `mean` averages a tensor over them. Raises ValueError if the folder holds a run already
+    and `resume` is not given, or if another process trains in it.
+    """
+
+    def __init__(self, folder: Path | str, resume=False, writer=True, agree=lambda x: x, mean=lambda x: x):
+        self.folder, self.writer = Path(folder), writer
+        self.agree, self.mean = agree, mean
+        self.resume = resume
+        self.records: list[dict] = []  # the lines of metrics.jsonl
+        self.losses: list[torch.Tensor] = []  # of the steps since the last line, on the training device
+        self.step = 0  # steps done
+        self.stopped = False
+        self.started = time.perf_counter()
+        self.last_log = 0, 0.0  # step and seconds
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        existing = [name for name in ("checkpoint", "checkpoint.old") if (self.folder / name).exists()]
+        if existing and not self.resume:
+            raise ValueError(f"{self.folder} holds a run already: continue with --resume, or choose another --out")
+        self.lock = filelock.FileLock(self.folder / "lock")
+        if self.writer:
+            try:
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise ValueError(f"another process is training in {self.folder}: choose another --out") from None
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.stop)
+        return self
+
+    def __exit__(self, *_):
+        self.restore_signals()
+        self.lock.release()
+
+    def stop(self, number, frame):
+        """The signal handler: stop after this step. A second signal acts as usual."""
+        self.stopped = True
+        self.restore_signals()
+
+    def restore_signals(self):
+        """Let signals act as they did before the run."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def seconds(self) -> float:
+        """How long the run has been trained, earlier parts included."""
+        return time.perf_counter() - self.started
+
+    # -- metrics
+
+    @property
+    def metrics(self) -> Path:
+        """The file of JSON lines."""
+        return self.folder / "metrics.jsonl"
+
+    def begin(self, args: dict, trainer_state: dict):
+        """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped."""
+        self.step = trainer_state["step"] self.started -= trainer_state["seconds"] self.losses =
+        [torch.tensor(loss) for loss in trainer_state.get("losses", ())] self.last_log = self.step,
+        self.seconds() lines = self.metrics.read_text().splitlines(keepends=True) if self.resume else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut
+        off self.records = [record for record in records if record["step"] <= self.step] if self.writer:
+            write_atomically(self.folder / "args.json", json.dumps(args, indent=1))
+            write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def record(self, **numbers):
+        """Append a line to metrics.jsonl."""
+        self.records.append({"step": self.step, **numbers})
+        if self.writer:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(self.records[-1]) + "\n")
+
+    def steps(self, total):
+        """Step numbers from the present one on, with a progress bar, until `total()` steps are done or the
+        run is asked to stop. `total` is a function, since --minutes fixes it during the run."""
+        with tqdm(desc="training", initial=self.step, unit="step", disable=not self.writer) as self.bar:
+            while self.step < total() and not self.agree(self.stopped):
+                self.bar.total = None if total() == math.inf else total()
+                yield self.step
+
+    def log(self, loss: torch.Tensor, batch: int, **numbers):
+        """Count a step with its loss (a tensor, which is not looked at). Every LOG_EVERY steps the device is
+        waited for, and the mean loss and the speed are written down. Raises Diverged."""
+        self.losses.append(loss)
+        self.step += 1
+        self.bar.update()
+        if self.step % LOG_EVERY:
+            return
+        mean = sum(self.check_losses()) / len(self.losses)
+        self.losses.clear()
+        seconds = self.seconds()
+        speed = (self.step - self.last_log[0]) * batch / (seconds - self.last_log[1])
+        self.last_log = self.step, seconds
+        self.record(loss=mean, **numbers, seconds=seconds, samples_per_second=speed)
+        self.bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} clips/s")
+
+    def check_losses(self) -> list[float]:
+        """The losses since the last line of metrics, as numbers. Raises Diverged if one is not finite."""
+        if not self.losses:
+            return []
+        losses = self.mean(torch.stack([loss.float().to(self.losses[-1].device) for loss in
+        self.losses])).tolist() for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise Diverged(self.step - len(losses) + i, loss)
+        return losses
+
+    def pause(self):
+        """Do not count the time since the last line of metrics as training."""
+        self.last_log = self.step, self.seconds()
+
+    def save(self, checkpoint: Checkpoint):
+        """Write the checkpoint, and the picture of the losses."""
+        if self.writer:
+            fsync(self.metrics)
+            save_checkpoint(self.folder / "checkpoint", checkpoint)
+
+    def plot(self, times):
+        """Draw loss.png; `times` are the timesteps that the validation losses by timestep stand for."""
+        if self.writer and any("loss" in record for record in self.records):
+            plot_losses(self.folder / "loss.png", self.records, times)
+
+
+def plot_losses(path: Path, records: list[dict], times):
+    """The picture of a run: training and validation loss over steps, and validation loss over the timestep
+    t."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"], r["val_loss_by_t"]) for r in records if "val_loss" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.plot(*zip(*train, strict=True), alpha=0.6, label="training")
-    left.plot([v[0] for v in val], [v[1] for v in val], "o-", label="validation, of the EMA")
-    if old := [(r["step"], r["old_val_loss"]) for r in records if "old_val_loss" in r]:
-        left.plot(*zip(*old, strict=True), "o-", label="validation, on what the base had learned")
+    curves = {"loss": "training", "val_loss": "validation, of the EMA", "old_val_loss": "validation, old
+    data"} figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4)) for key, label in curves.items():
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            left.plot(*zip(*points, strict=True), "-" if key == "loss" else "o-", label=label)
     left.set(xlabel="step", ylabel="velocity loss", yscale="log")
     left.legend()
-    for i, (step, _, by_t) in enumerate(val):
-        shade = 0.15 + 0.75 * (i + 1) / len(val)
-        right.plot(times, by_t, color=str(1 - shade), label=f"step {step}")
+    validated = [record for record in records if "val_loss_by_t" in record]
+    for i, record in enumerate(validated):
+        grey = 0.85 - 0.75 * (i + 1) / len(validated)
+        right.plot(times, record["val_loss_by_t"], color=str(grey), label=f"step {record['step']}")
     right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
     right.legend(fontsize=7)
     figure.tight_layout()
