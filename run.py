@@ -93,7 +93,7 @@ def find_checkpoint(path: Path | str) -> Path:
     for directory in (path / "checkpoint", path, path / "checkpoint.old"):
         if (directory / "model.safetensors").is_file():
             return directory
-    raise FileNotFoundError(f"there is no checkpoint in {path}: no model.safetensors there or in {path}/checkpoint")
+    raise FileNotFoundError(f"there is no checkpoint in {path} or {path}/checkpoint: no model.safetensors")
 
 
 def is_quick(run: Path) -> bool:
@@ -186,7 +186,8 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
         check_metadata(metadata)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} is not a checkpoint of this project: {type(error).__name__} {reason}") from None
+        kind = type(error).__name__
+        raise ValueError(f"{file} is not a checkpoint of this project: {kind} {reason}") from None
     try:
         check_weights(weights, config)
     except ValueError as error:
@@ -347,13 +348,14 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         existing = [name for name in ("checkpoint", "checkpoint.old") if (self.folder / name).exists()]
         if existing and not self.resume:
-            raise ValueError(f"{self.folder} holds a run already: continue with --resume, or choose another --out")
+            raise ValueError(f"{self.folder} holds a run already: give --resume, or choose another --out")
         self.lock = filelock.FileLock(self.folder / "lock")
         if self.writer:
             try:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
-                raise ValueError(f"another process is training in {self.folder}: choose another --out") from None
+                message = f"another process is training in {self.folder}: choose another --out"
+                raise ValueError(message) from None
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -388,11 +390,14 @@ class Run:
 
     def begin(self, args: dict, trainer_state: dict):
         """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped."""
-        self.step = trainer_state["step"] self.started -= trainer_state["seconds"] self.losses =
-        [torch.tensor(loss) for loss in trainer_state.get("losses", ())] self.last_log = self.step,
-        self.seconds() lines = self.metrics.read_text().splitlines(keepends=True) if self.resume else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut
-        off self.records = [record for record in records if record["step"] <= self.step] if self.writer:
+        self.step = trainer_state["step"]
+        self.started -= trainer_state["seconds"]
+        self.losses = [torch.tensor(loss) for loss in trainer_state.get("losses", ())]
+        self.last_log = self.step, self.seconds()
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.resume else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+        self.records = [record for record in records if record["step"] <= self.step]
+        if self.writer:
             write_atomically(self.folder / "args.json", json.dumps(args, indent=1))
             write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
 
@@ -431,8 +436,10 @@ class Run:
         """The losses since the last line of metrics, as numbers. Raises Diverged if one is not finite."""
         if not self.losses:
             return []
-        losses = self.mean(torch.stack([loss.float().to(self.losses[-1].device) for loss in
-        self.losses])).tolist() for i, loss in enumerate(losses):
+        device = self.losses[-1].device
+        losses = torch.stack([loss.to(device) for loss in self.losses])
+        losses = self.mean(losses).tolist()
+        for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise Diverged(self.step - len(losses) + i, loss)
         return losses
@@ -454,15 +461,15 @@ class Run:
 
 
 def plot_losses(path: Path, records: list[dict], times):
-    """The picture of a run: training and validation loss over steps, and validation loss over the timestep
-    t."""
+    """The picture of a run: training and validation loss over steps, and validation loss over timesteps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = {"loss": "training", "val_loss": "validation, of the EMA", "old_val_loss": "validation, old
-    data"} figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4)) for key, label in curves.items():
+    curves = {"loss": "training", "val_loss": "validation (EMA)", "old_val_loss": "validation, old data"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for key, label in curves.items():
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             left.plot(*zip(*points, strict=True), "-" if key == "loss" else "o-", label=label)
