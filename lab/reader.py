@@ -1,32 +1,30 @@
-"""A network that reads videos back: which actors, in which colour, doing what, where.
+"""The judge: a network that reads from a clip which actors are in it, in which colour, doing what, and where.
 
-The toy world knows the truth of every clip it draws, so a small network can be trained to tell it again: the
-*reader*. It plays the part that detectors, trackers and multimodal LLMs play in VBench (arXiv 2311.17982) and
-T2V-CompBench (arXiv 2407.14505), with the difference that its error is known: evaluate.py lets it judge only
-after it has read nearly every attribute of true clips right that it never saw.
+The labels of every clip of the toy world are known, so a small network can be trained to recover them: the
+*reader*. It takes the place of the detectors, trackers and multimodal LLMs of VBench (arXiv 2311.17982) and
+T2V-CompBench (arXiv 2407.14505). Unlike theirs, its error is known: lab/evaluate.py lets it judge only after
+it has read at least 98 % of every attribute of held-out true clips right.
 
-**How it reads.** Frames are stacked as channels, so that motion is visible to the first convolution. For each
-of the eight kinds a map says where in the picture that kind is; its softmax gathers the features there; from
-those come presence, colour, motion, change of size, count and place. Background is read from the average of
-the whole picture. Reading kind by kind keeps "a red cat and a blue dog" apart from "a blue cat and a red
-dog". Whether a colour changes is read from the first and the last frame, each as a clip of its own.
+**Network.** The frames are stacked as channels, so the first convolution already sees motion. For each of the
+eight kinds of actor a map says where in the picture that kind is, and its softmax pools the features there.
+From them come presence, colour, motion, change of size, count and place. The background is read from the
+average over the picture. Reading kind by kind separates "a red cat and a blue dog" from "a blue cat and a red
+dog". A change of colour is read from the first and the last frame, each shown as a clip that stands still.
 
-**What it is trained on.** True renders of both sets, with all pairs of kind and motion: those that models
-never see are to be judged too, and a reader that had not seen them either took half of them for others. They
-are spoilt as models spoil them: blurred, noisy, blended between frames, off in colour, uneven from patch to
-patch. A reader that saw only clean clips would judge the artefacts.
+**Training data.** True clips of both sets, with all pairs of kind and motion, also those that are held out
+from the models: a reader that never saw the held-out pairs took half of them for others. The clips are
+corrupted as models corrupt them: blurred, noisy, blended between frames, off in colour, uneven from patch to
+patch. A reader that saw only clean clips would judge the artifacts.
 
-**One judge for all.** Training it takes minutes, and two machines do not get the same weights to the bit. So
-pretrained/ has one that judges for everybody; its name says which code made it. Where that code, or the
-world, was changed, a reader is trained anew and kept in the cache; `python reader.py` puts one in the other's
-place.
+**One judge for all.** Training takes minutes, and two machines do not get the same weights to the bit. So one
+reader is shipped, pretrained/reader-VERSION.safetensors. Whoever changes this file or the pixels of the world
+counts READER_VERSION up and runs `python -m lab.reader`, which trains the reader of that version.
+
+Left out: other resolutions (clips are resampled to 8 frames of 32x32), two kinds with the same name in one
+clip, and confidence: the reader always answers.
 """
 
-import hashlib
-import inspect
-import json
-import os
-import tempfile
+import argparse
 from pathlib import Path
 
 import torch
@@ -36,16 +34,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import data
-import draw
-from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyWorld
-from draw import places
-from sample import autocast, pick_precision
-from text_encoder import cache_dir
+from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, make_scenes
+from draw import places, render
+from machine import autocast, pick_device, pick_precision, run_command
 
-FRAMES, SIZE = 8, 32  # what the reader sees; other clips are resampled to it
+READER_VERSION = 1
+SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / f"reader-{READER_VERSION}.safetensors"
+
+FRAMES, SIZE = 8, 32  # what the reader sees; other clips are resampled
+GRID = 8  # side of the feature map
 SIZES = ("", "grows", "shrinks")  # changes of size
-MOST = 3  # equal actors
+MAX_COUNT = 3  # equal actors
+IGNORED = -100  # the label that cross entropy leaves out
 
 
 class Reader(nn.Module):
@@ -61,28 +61,30 @@ class Reader(nn.Module):
         self.where = nn.Conv2d(channels, len(KINDS), 1)
         self.background = nn.Linear(channels, len(BACKGROUNDS))
         self.kind = nn.Parameter(torch.randn(len(KINDS), channels) * 0.02)
-        self.sizes = (1, len(COLOURS), len(MOTIONS), len(SIZES), MOST, 2)
+        self.sizes = (1, len(COLOURS), len(MOTIONS), len(SIZES), MAX_COUNT, 2)
         self.what = nn.Sequential(
             nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, sum(self.sizes))
         )
 
     def features(self, video):
-        """video (B, 3, T, H, W) in [-1, 1] -> what is found at each of the 8 kinds (B, 8, C), its place
-        (B, 8, 2) as x, y in [-1, 1], and the average of the picture (B, C)."""
+        """video (B, 3, T, H, W) in [-1, 1] -> the features pooled for each of the 8 kinds (B, 8, C), its
+        place (B, 8, 2) as x, y in [-1, 1], and the average over the picture (B, C)."""
         if video.shape[2:] != (FRAMES, SIZE, SIZE):
             video = F.interpolate(video, (FRAMES, SIZE, SIZE), mode="trilinear")
-        h = self.trunk(video.flatten(1, 2)).flatten(2)  # (B, C, 64)
-        weights = self.where(h.unflatten(2, (8, 8))).flatten(2).softmax(-1)  # (B, kinds, 64)
-        axis = torch.linspace(-0.875, 0.875, 8, device=h.device)
-        centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (64, 2): x, y
-        return weights @ h.transpose(1, 2), weights @ centres.to(h), h.mean(2)
+        h = self.trunk(video.flatten(1, 2))  # (B, C, 8, 8)
+        weights = self.where(h).flatten(2).softmax(-1)  # (B, kinds, 64)
+        h = h.flatten(2)  # (B, C, 64)
+        axis = torch.linspace(-1 + 1 / GRID, 1 - 1 / GRID, GRID, device=h.device)
+        x, y = torch.meshgrid(axis, axis, indexing="xy")
+        centers = torch.stack([x, y], -1).flatten(0, 1).to(h)  # (64, 2)
+        return weights @ h.transpose(1, 2), weights @ centers, h.mean(2)
 
     def forward(self, video):
         """video (B, 3, T, H, W) in [-1, 1] -> dict of logits for each of the 8 kinds: presence (B, 8), colour
-        (B, 8, 6), motion (B, 8, 8), change of size (B, 8, 3), count (B, 8, 3) from one; its place (B, 8, 2)
-        as x, y in [-1, 1]; and background (B, 5) logits."""
-        found, place, whole = self.features(video)
-        parts = self.what(found + self.kind).split(self.sizes, -1)
+        (B, 8, 6), motion (B, 8, 8), change of size (B, 8, 3), count from one (B, 8, 3); its place (B, 8, 2)
+        as x, y in [-1, 1]; and logits of the background (B, 5)."""
+        pooled, place, picture = self.features(video)
+        parts = self.what(pooled + self.kind).split(self.sizes, -1)
         presence, colour, motion, size, count, offset = parts
         return {
             "presence": presence.squeeze(-1),
@@ -91,61 +93,64 @@ class Reader(nn.Module):
             "size": size,
             "count": count,
             "place": place + offset,
-            "background": self.background(whole),
+            "background": self.background(picture),
         }
 
-    def ends(self, video):
-        """-> colour logits (B, 8, 2, 6) of each kind in the first and in the last frame, each shown as a clip
-        in which nothing moves."""
-        still = (video[:, :, i].unsqueeze(2).expand(-1, -1, FRAMES, -1, -1) for i in (0, -1))
-        return torch.stack([self(clip)["colour"] for clip in still], 2)
+    def first_last_colour(self, video):
+        """-> logits (B, 8, 2, 6) of the colour of each kind in the first and in the last frame, each shown as
+        a clip that stands still."""
+        logits = []
+        for frame in (video[:, :, :1], video[:, :, -1:]):
+            logits.append(self(frame.expand(-1, -1, FRAMES, -1, -1))["colour"])
+        return torch.stack(logits, 2)
 
 
-def truth(scenes):
-    """Scenes -> what the reader should say: presence (B, 8) float; colour at the beginning and at the end (B,
-    8, 2), motion, change of size and count less one (B, 8), class numbers with -100 where there is no such
-    actor; place (B, 8, 2), the mean over the clip; and background (B,)."""
+def labels(scenes, device="cpu"):
+    """Scenes -> what the reader should answer: presence (B, 8) float; colour in the first and the last frame
+    (B, 8, 2), motion, change of size and count less one (B, 8), as class numbers, IGNORED where there is no
+    such actor; place (B, 8, 2), the mean over the clip; and background (B,)."""
     B, K = len(scenes), len(KINDS)
-    presence, place = torch.zeros(B, K), torch.zeros(B, K, 2)
-    colour = torch.full((B, K, 2), -100)
-    motion, size, count = (torch.full((B, K), -100) for _ in range(3))
+    target = {"presence": torch.zeros(B, K), "colour": torch.full((B, K, 2), IGNORED)}
+    for name in ("motion", "size", "count"):
+        target[name] = torch.full((B, K), IGNORED)
+    target["place"] = torch.zeros(B, K, 2)
+    target["background"] = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
     for i, scene in enumerate(scenes):
         for actor in scene.actors:
             k = KINDS.index(actor.kind)
             turns = actor.change.startswith("turns")
-            last = actor.change.split()[1] if turns else actor.colour
-            presence[i, k] = 1
-            colour[i, k] = torch.tensor([COLOURS.index(actor.colour), COLOURS.index(last)])
-            motion[i, k] = MOTIONS.index(actor.motion)
-            size[i, k] = SIZES.index("" if turns else actor.change)
-            count[i, k] = actor.count - 1
-        for kind, (x, y) in places(scene, FRAMES).items():
-            place[i, KINDS.index(kind)] = torch.tensor([x, y])
-    background = torch.tensor([BACKGROUNDS.index(s.background) for s in scenes])
-    return {
-        "presence": presence,
-        "colour": colour,
-        "motion": motion,
-        "size": size,
-        "count": count,
-        "place": place,
-        "background": background,
-    }
+            last_colour = actor.change.split()[1] if turns else actor.colour
+            target["presence"][i, k] = 1
+            target["colour"][i, k, 0] = COLOURS.index(actor.colour)
+            target["colour"][i, k, 1] = COLOURS.index(last_colour)
+            target["motion"][i, k] = MOTIONS.index(actor.motion)
+            target["size"][i, k] = SIZES.index("" if turns else actor.change)
+            target["count"][i, k] = actor.count - 1
+        for kind, place in places(scene, FRAMES).items():
+            target["place"][i, KINDS.index(kind)] = torch.tensor(place)
+    return {name: value.to(device) for name, value in target.items()}
 
 
-def spoil(video, generator):
+def render_clips(scenes, device="cpu"):
+    """Scenes -> clips uint8 (B, 3, 8, 32, 32), drawn chunk by chunk."""
+    starts = range(0, len(scenes), 128)
+    return torch.cat([render(scenes[i : i + 128], FRAMES, SIZE, device) for i in starts])
+
+
+def corrupt(video, generator):
     """Clean clips (B, 3, T, H, W) in [-1, 1] -> the same with the faults of generated ones, each to a random
-    degree."""
+    degree, most of them mild. The generator is on the device of the clips."""
     B, _, T, H, W = video.shape
+    device = video.device
 
-    def strength(most):  # mostly mild
-        return torch.rand(B, 1, 1, 1, 1, generator=generator) ** 2 * most
+    def strength(most):
+        return torch.rand(B, 1, 1, 1, 1, generator=generator, device=device) ** 2 * most
 
     def noise(*shape):
-        return torch.randn(B, *shape, generator=generator)
+        return torch.randn(B, *shape, generator=generator, device=device)
 
-    small = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-    video = torch.lerp(video, small, strength(1.0))  # blur
+    blurred = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+    video = torch.lerp(video, blurred, strength(1.0))
     video = torch.lerp(video, video.roll(1, 2), strength(0.4))  # ghosts of the frame before
     video = video + strength(0.15) * noise(3, 1, 1, 1)  # colour
     patches = F.interpolate(noise(3, T // 2, H // 4, W // 4), (T, H, W))  # each patch off by its own colour
@@ -153,78 +158,83 @@ def spoil(video, generator):
     return video + strength(0.4) * noise(3, T, H, W)
 
 
-def reader_loss(said, true):
-    """Sum of the losses of all attributes; those of absent actors, and colours that change, do not count.
-    Few actors grow or shrink: without a weight nearly all are read as neither."""
-    there = true["presence"].bool()
-    loss = F.binary_cross_entropy_with_logits(said["presence"], true["presence"]) * 10
-    loss = loss + (said["place"] - true["place"])[there].abs().mean() * 4
-    first, last = true["colour"].unbind(-1)
-    true = true | {"colour": torch.where(first == last, first, -100)}
+def reader_loss(pred, target):
+    """The sum of the losses of all attributes. pred: as from `Reader.forward`; target: as from `labels`.
+    Absent actors and colours that change do not count. Few actors grow or shrink: without a weight nearly all
+    of them are read as neither."""
+    present = target["presence"].bool()
+    loss = 10 * F.binary_cross_entropy_with_logits(pred["presence"], target["presence"])
+    loss = loss + 4 * (pred["place"] - target["place"])[present].abs().mean()
+    first, last = target["colour"].unbind(-1)
+    target = target | {"colour": torch.where(first == last, first, IGNORED)}
     for name in ("colour", "motion", "size", "count", "background"):
-        weight = torch.tensor([1.0, 4.0, 4.0]) if name == "size" else None
-        loss = loss + F.cross_entropy(said[name].flatten(0, -2), true[name].flatten(), weight)
+        weight = pred[name].new_tensor([1.0, 4.0, 4.0]) if name == "size" else None
+        loss = loss + F.cross_entropy(pred[name].flatten(0, -2), target[name].flatten(), weight)
     return loss
 
 
-def train_reader(steps=3000, batch=64, clips=16384, seed=0):
-    """Train a reader on `clips` clips, half of them basic -> Reader in eval mode."""
+def train_reader(steps=3000, batch=64, clips=16384, seed=0, device="cpu"):
+    """Train a reader on `clips` clips, half of them basic -> Reader in eval mode, on the device."""
+    device = torch.device(device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        reader = Reader().to(memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(seed)
-    worlds = [ToyWorld(which, clips // 2, seed=900, pairs="all") for which in ("basic", "rich")]
-    truths = [truth(world.scenes) for world in worlds]
-    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.2)
+        reader = Reader().to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(seed)
+    sets = []
+    for which in ("basic", "rich"):
+        scenes = make_scenes(which, clips // 2, seed=900, pairs="all")
+        sets.append((render_clips(scenes, device), labels(scenes, device)))
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.2)
     for _ in tqdm(range(steps), "training the reader"):
-        videos, labels = [], []
-        for world, true in zip(worlds, truths, strict=True):
-            rows = torch.randint(len(world), (batch * len(world) // clips,), generator=generator)
-            videos.append(world.batch(rows)[0])
-            labels.append({k: v[rows] for k, v in true.items()})
-        video = spoil(torch.cat(videos), generator)
-        true = {k: torch.cat([label[k] for label in labels]) for k in labels[0]}
-        with autocast(video.device, pick_precision("auto", video.device)):
-            said = reader(video)
-        loss = reader_loss({k: v.float() for k, v in said.items()}, true)
-        optimiser.zero_grad()
+        videos, targets = [], []
+        for clean, target in sets:
+            rows = torch.randint(len(clean), (batch // 2,), generator=generator, device=device)
+            videos.append(clean[rows] / 127.5 - 1)
+            targets.append({name: value[rows] for name, value in target.items()})
+        target = {name: torch.cat([part[name] for part in targets]) for name in targets[0]}
+        video = corrupt(torch.cat(videos), generator)
+        with autocast(device, pick_precision("auto", device)):
+            pred = reader(video)
+        loss = reader_loss({name: value.float() for name, value in pred.items()}, target)
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return reader.eval()
 
 
-SHIPPED = Path(__file__).with_name("pretrained")
-READER_CODE = [  # a reader is as good as the code that made it
-    inspect.getsource(thing) for thing in (draw, data, Reader, truth, spoil, reader_loss, train_reader)
-]
+def get_reader(path: Path = SHIPPED, device="cpu") -> Reader:
+    """The reader in a file, by default the shipped one, in eval mode. Raises FileNotFoundError if this
+    version has not been trained, ValueError if the file does not fit."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}: `python -m lab.reader` trains this version of the reader"
+        )
+    reader = Reader()
+    try:
+        reader.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a reader: {reason}; `python -m lab.reader` trains one") from None
+    return reader.eval().to(device)
 
 
-def get_reader(folder=None, **training) -> Reader:
-    """The reader of this version of the world: the one that came with it, or one that is trained once, put in
-    `folder`, by default the cache, and then taken from there. `training` goes to `train_reader`."""
-    folder = folder or cache_dir()
-    key = hashlib.sha256(json.dumps([READER_CODE, training]).encode()).hexdigest()[:32]
-    name, reader = f"reader-{key}.safetensors", Reader().eval()
-    for place in (SHIPPED, folder):
-        try:
-            reader.load_state_dict(load_file(place / name))
-            return reader
-        except (OSError, SafetensorError, RuntimeError):  # not there, or cut off
-            pass
-    reader = train_reader(**training)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        pass
-    save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, file.name)
-    os.replace(file.name, folder / name)
-    return reader
+def main(argv=None):
+    """Train the reader of READER_VERSION and write it to pretrained/."""
+    parser = argparse.ArgumentParser(description="Train the judge of this version of the toy world.")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (3000)")
+    parser.add_argument("--clips", type=int, default=16384, help="training clips (16384)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help=f"file (pretrained/{SHIPPED.name})")
+    args = parser.parse_args(argv)
+    reader = train_reader(args.steps, clips=args.clips, device=pick_device(args.device))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    new = args.out.with_name(f".{args.out.name}.new")
+    save_file({name: value.contiguous().cpu() for name, value in reader.state_dict().items()}, new)
+    new.replace(args.out)
+    print(f"written to {args.out}")
 
 
-if __name__ == "__main__":  # where the world was changed: train another one to take the old one's place
-    SHIPPED.mkdir(exist_ok=True)
-    there = set(SHIPPED.glob("reader-*"))
-    get_reader(SHIPPED)
-    if set(SHIPPED.glob("reader-*")) != there:
-        for old in there:
-            old.unlink()
+if __name__ == "__main__":
+    run_command(main)

@@ -1,8 +1,13 @@
-"""Results of the study in words, tables and pictures, from their JSON files alone.
+"""The report of the study: tables, pictures and verdicts from the JSON files of its runs, and nothing else.
 
-Spread is the standard deviation over seeds. Differences between two arms are taken within each seed, since
-both went on from the same base with the same batches and noise. Two or three seeds make a weak test; that its
-rule (`RULE`) was fixed before the runs keeps it honest.
+Spread is the standard deviation over seeds. Differences between two arms are taken within each seed, because
+both continue from the same base with the same batches and noise. Two or three seeds make a weak test. The
+rule for a verdict (`RULE`) was fixed before the runs, which keeps it honest.
+
+`write_report` writes results/README.md and the pictures beside it. The same JSON files give the same bytes.
+
+Left out: significance tests, confidence intervals, and tables that no verdict rests on (the loss by timestep
+and the scores by attribute are in the JSON files).
 """
 
 import itertools
@@ -14,134 +19,228 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluate import COLUMNS, LEFT_OUT, ORIGINALS, table
-
 RULE = (
-    "A claim holds if the difference has its sign in every seed and its mean is more than twice its standard"
-    " error, it is contradicted if the opposite does, and else it is open."
+    "A claim *holds* if the difference is positive in every seed and its mean exceeds twice its standard"
+    " error. It is *contradicted* if the same is true with the opposite sign. Otherwise it is *open*. A claim"
+    " with several comparisons holds if all of them hold, and one that is contradicted contradicts it."
 )
-MARKS = "<!-- written by study.py -->", "<!-- end of what study.py has written -->"  # in README.md
-TIMED = ("timing", "longer")  # parts of which only the loss on the way is asked
+LOSS_ONLY = ("timing", "longer")  # parts that compare the loss on the way and sample nothing
 
-# What is said: comparisons that would all have to hold, each a better arm, a worse one and what is measured:
-# the loss on "rich" or "basic" when the budget is spent, that on "basic" after equally many steps, the "last"
-# loss of the curve, or a set of prompts, or two such sets, one for each arm.
-CLAIMS = {
-    "Where new blocks go: insert beats suffix, suffix beats prefix (LLaMA-Pro's order).": (
-        ("insert", "suffix", "rich"),
-        ("suffix", "prefix", "rich"),
-    ),
-    "Silent copies keep what was learned better than plain ones.": (
-        ("insert", "insert, plain copies", "basic"),
-    ),
-    "Silent copies learn more than plain ones.": (("insert", "insert, plain copies", "rich"),),
-    "On the new data expansion beats going on as it was, and that beats LoRA.": (
-        ("insert", "continued", "rich"),
-        ("continued", "lora", "rich"),
-    ),
-    "Expansion forgets less of the old data than going on as it was.": (
-        ("insert", "continued", "basic"),
-        ("insert", "continued", "basic, equal steps"),
-    ),
-    "LoRA forgets less than expansion.": (("lora", "insert", "basic"),),
-    "Freezing the old blocks, as LLaMA-Pro does, forgets less.": (
-        ("insert, old blocks frozen", "insert", "basic"),
-    ),
-    "The language model helps on prompts of several actors, long or short.": (
-        ("insert + llm", "insert", "long"),
-        ("insert + llm, short captions", "insert, short captions", "several actors"),
-    ),
-    "Detailed captions help, if each model is asked as it was taught, with or without the language model.": (
-        ("insert", "insert, short captions", ("long", "several actors")),
-        ("insert + llm", "insert + llm, short captions", ("long", "several actors")),
-    ),
-    "Growing a base that has learned `basic` beats the large model that spends all on `rich`.": (
-        ("insert", "large from scratch", "rich"),
-    ),
-    "Growing a base that has learned `basic` beats growing one that has learned nothing.": (
-        ("insert", "insert into an untrained base", "rich"),
-    ),
-    "The language model knows words that were never trained on.": tuple(
-        (arm, "base encoder", "held-out words") for arm in ("llm last", "llm middle", "llm mean")
-    ),
-    "It costs something on words that were.": tuple(
-        ("base encoder", arm, "seen") for arm in ("llm last", "llm middle", "llm mean")
-    ),
-    "What helps with new words is what it says, not a second branch or its parameters.": (
-        ("llm mean", "minilm twice", "held-out words"),
-        ("llm mean, nothing hidden", "wrong captions, nothing hidden", "held-out words"),
-    ),
-    "The mean over its layers says more than the last one.": (("llm mean", "llm last", "held-out words"),),
-    "A refiner helps.": tuple(
-        (f"{arm}, refiner", arm, "held-out words") for arm in ("llm last", "llm middle", "llm mean")
-    ),
+SCORE_COLUMNS = (  # of a table of scores; a set of prompts has some of them
+    "subject", "colour", "motion", "background", "change", "count", "relation", "all",
+)  # fmt: skip
+BENCHMARK_NAMES = {  # a benchmark and its name for a score: (our set of prompts, our name)
+    "T2V-CompBench consistent attribute binding": ("several actors", "colour"),
+    "T2V-CompBench dynamic attribute binding": ("several actors", "change"),
+    "T2V-CompBench spatial relationships": ("several actors", "relation"),
+    "T2V-CompBench motion binding": ("several actors", "direction"),
+    "T2V-CompBench action binding": ("several actors", "action"),
+    "T2V-CompBench generative numeracy": ("several actors", "count"),
+    "VBench subject consistency": ("seen", "subject consistency"),
+    "VBench background consistency": ("seen", "background consistency"),
+    "VBench temporal flickering": ("seen", "flicker"),
+    "VBench motion smoothness": ("seen", "smoothness"),
+    "VBench dynamic degree": ("seen", "dynamic"),
+    "VBench object class": ("seen", "subject"),
+    "VBench multiple objects": ("several actors", "together"),
+    "VBench color": ("seen", "colour"),
+    "VBench spatial relationship": ("several actors", "relation"),
+    "VBench scene": ("seen", "background"),
 }
+NOT_COVERED = (
+    "VBench's aesthetic and imaging quality, styles, human action and overall consistency, and"
+    " T2V-CompBench's object interactions"
+)
+
+# A claim and the comparisons that would all have to hold: "better arm > worse arm: what is measured". That is
+# the loss on rich or basic when the budget is spent, the loss on basic after equally many steps, the last
+# loss of the curve, or the scores of a set of prompts, or of two such sets, one for each arm.
+CLAIMS = {
+    "Blocks that are inserted evenly beat blocks at the end (suffix), and those beat blocks at the start"
+    " (prefix), as in LLaMA-Pro.": ["insert > suffix: rich", "suffix > prefix: rich"],
+    "Zero-initialized copies (function-preserving) keep what was learned better than plain copies.": [
+        "insert > insert, plain copies: basic"
+    ],
+    "Zero-initialized copies learn more than plain copies.": ["insert > insert, plain copies: rich"],
+    "On the new data expansion beats dense continuation, and dense continuation beats LoRA.": [
+        "insert > continued: rich",
+        "continued > lora: rich",
+    ],
+    "Expansion forgets less of the old data than dense continuation.": [
+        "insert > continued: basic",
+        "insert > continued: basic, equal steps",
+    ],
+    "LoRA forgets less than expansion.": ["lora > insert: basic"],
+    "Freezing the old blocks, as LLaMA-Pro does, reduces forgetting.": [
+        "insert, old blocks frozen > insert: basic"
+    ],
+    "The language model helps on prompts of several actors, long or short.": [
+        "insert + llm > insert: long",
+        "insert + llm, short captions > insert, short captions: several actors",
+    ],
+    "Detailed training captions help, with or without the language model, if each model is prompted in the"
+    " style that it was trained on.": [
+        "insert > insert, short captions: long against several actors",
+        "insert + llm > insert + llm, short captions: long against several actors",
+    ],
+    "Growing a base trained on `basic` beats training the large model on `rich` from scratch with the whole"
+    " budget.": ["insert > large from scratch: rich"],
+    "Growing a base trained on `basic` beats growing an untrained base.": [
+        "insert > insert into an untrained base: rich"
+    ],
+    "The language model helps with words that were in no training caption.": [
+        "llm last > base encoder: held-out words",
+        "llm middle > base encoder: held-out words",
+        "llm mean > base encoder: held-out words",
+    ],
+    "The language model costs accuracy on words of the training captions.": [
+        "base encoder > llm last: seen",
+        "base encoder > llm middle: seen",
+        "base encoder > llm mean: seen",
+    ],
+    "The gain on new words comes from what the language model says, not from a second branch or its"
+    " parameters.": [
+        "llm mean > minilm twice: held-out words",
+        "llm mean, nothing hidden > wrong captions, nothing hidden: held-out words",
+    ],
+    "The mean over the layers of the language model is better than its last layer.": [
+        "llm mean > llm last: held-out words"
+    ],
+}
+NEGATIVE = (  # of designs that the code no longer has
+    "- **A refiner helps** (two blocks of self-attention over the features of the language model, in front of"
+    " its branch). Contradicted, and removed from the code. On held-out words: *llm last, refiner* over *llm"
+    " last* -0.0246 ± 0.0128 (contradicted), *llm middle, refiner* over *llm middle* -0.0071 ± 0.0284"
+    " (open), *llm mean, refiner* over *llm mean* -0.0158 ± 0.0246 (open). Measured at 9b529e9315 with seeds"
+    " 0, 1, 2. The last commit that has the refiner and these results is c2dc483."
+)
 
 
-def attributes(scores) -> float:
-    """The scores of a set of prompts -> the mean over what is asked for one by one."""
-    return mean(scores[name] for name in COLUMNS if name in scores and name != "all")
+# --------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown_table(titles, rows) -> str:
+    """A table in Markdown, from the titles of its columns and rows of strings."""
+    lines = []
+    for cells in (titles, ["---"] * len(titles), *rows):
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def score_table(scores: dict[str, dict[str, float]]) -> str:
+    """{set of prompts: {name: share}} -> a table with a row for each set."""
+    rows = []
+    for name, shares in scores.items():
+        cells = [f"{shares[column]:.3f}" if column in shares else "" for column in SCORE_COLUMNS]
+        rows.append([name, *cells])
+    return markdown_table(["", *SCORE_COLUMNS], rows)
+
+
+def spread(values, digits=3) -> str:
+    """Mean and standard deviation over seeds, "0.512 ± 0.011". Values that are None do not count; without
+    any the text is empty."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {stdev(values):.{digits}f}"
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------
+# Numbers of one result, and of two
+
+
+def attribute_mean(scores) -> float:
+    """The scores of a set of prompts -> the mean over the attributes, without "all"."""
+    return mean(scores[name] for name in SCORE_COLUMNS[:-1] if name in scores)
+
+
+def loss_curve(result, key):
+    """The curve of a validation loss -> [(steps, FLOPs so far, loss)]."""
+    return [(entry["step"], entry["flops"], entry[key]) for entry in result["curve"] if key in entry]
+
+
+def loss_at(curve, step) -> float:
+    """The loss at a step of a curve from `loss_curve`, on the straight line between its points."""
+    steps = [point[0] for point in curve]
+    losses = [point[2] for point in curve]
+    return float(np.interp(step, steps, losses))
 
 
 def measure(result, name) -> float:
     """A number of a result: the loss on "basic" or "rich", the "last" loss of its curve, or the mean over the
     attributes of a set of prompts."""
     if name == "last":
-        return losses_of(result, "val_loss")[-1][2]
-    scores = result["scores"]
-    losses = {"basic": "val_loss", "rich": "rich_loss"}
-    return mean(scores[losses[name]]) if name in losses else attributes(scores[name])
+        return loss_curve(result, "val_loss")[-1][2]
+    if name == "basic":
+        return mean(result["scores"]["val_loss"])
+    if name == "rich":
+        return mean(result["scores"]["rich_loss"])
+    return attribute_mean(result["scores"][name])
 
 
-def spread(values, digits=3) -> str:
-    """Mean and standard deviation over seeds, "0.512 ± 0.011"; nothing of nothing."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def markdown(titles, rows) -> str:
-    """A table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def differences(better, worse, name) -> list[float]:
-    """By how much one arm is better in what `name` says (see `CLAIMS`), within each seed that both have; both
-    are {seed: result}."""
-    pairs = [(better[seed], worse[seed]) for seed in sorted(better.keys() & worse.keys())]
-    if name == "basic, equal steps":
-        curves = [[losses_of(result, "old_val_loss") for result in pair] for pair in pairs]
-        steps = [min(curve[-1][0] for curve in pair) for pair in curves]
-        return [at(b, step) - at(a, step) for (a, b), step in zip(curves, steps, strict=True)]
+def gain(better, worse, name) -> float:
+    """By how much one result is better than another in what `name` says (see `CLAIMS`)."""
     if name in ("basic", "rich", "last"):  # less is better
-        return [measure(b, name) - measure(a, name) for a, b in pairs]
-    mine, other = name if isinstance(name, tuple) else (name, name)
-    return [measure(a, mine) - measure(b, other) for a, b in pairs]
+        return measure(worse, name) - measure(better, name)
+    if name == "basic, equal steps":
+        mine = loss_curve(better, "old_val_loss")
+        other = loss_curve(worse, "old_val_loss")
+        step = min(mine[-1][0], other[-1][0])
+        return loss_at(other, step) - loss_at(mine, step)
+    mine, _, other = name.partition(" against ")
+    return measure(better, mine) - measure(worse, other or mine)
+
+
+def gains(better, worse, name) -> list[float]:
+    """`gain` for each seed that both arms have. Both are {seed: result}."""
+    seeds = sorted(better.keys() & worse.keys())
+    return [gain(better[seed], worse[seed], name) for seed in seeds]
 
 
 def verdict(values) -> str:
-    """Differences by seed -> "holds", "contradicted" or "open"."""
+    """The gains of all seeds -> "holds", "contradicted" or "open"."""
     if len(values) < 2:
         return "open"
-    clear = abs(mean(values)) > 2 * stdev(values) / math.sqrt(len(values))
-    same = all(value > 0 for value in values) or all(value < 0 for value in values)
-    return "open" if not (clear and same) else "holds" if values[0] > 0 else "contradicted"
+    standard_error = stdev(values) / math.sqrt(len(values))
+    if abs(mean(values)) <= 2 * standard_error:
+        return "open"
+    if min(values) > 0:
+        return "holds"
+    return "contradicted" if max(values) < 0 else "open"
 
 
-def losses_of(result, key):
-    """The curve of a loss -> [(steps, FLOPs so far, loss)]."""
-    return [(r["step"], r["flops"], r[key]) for r in result["curve"] if key in r]
+def loss_gaps(result, reference) -> list[tuple[int, float]]:
+    """How much higher the training loss is than that of another arm -> [(step, difference)]. Both saw the
+    same clips with the same timesteps and noise, so most of the noise cancels."""
+    losses = []
+    for each in (result, reference):
+        losses.append({entry["step"]: entry["loss"] for entry in each["curve"] if "loss" in entry})
+    mine, other = losses
+    return [(step, mine[step] - other[step]) for step in sorted(mine.keys() & other.keys())]
 
 
-def at(curve, step) -> float:
-    """The loss at a step of a curve from `losses_of`, on the straight line between its points."""
-    return float(np.interp(step, [point[0] for point in curve], [point[2] for point in curve]))
+def spike(result, reference, steps=50) -> float | None:
+    """The mean loss gap to another arm over the first steps; None if no loss was logged there."""
+    first = [gap for step, gap in loss_gaps(result, reference) if step <= steps]
+    return mean(first) if first else None
 
 
-def reached(points, value) -> float | None:
-    """Where the line through [(x, loss)] is down at `value` for the first time, None if it never is."""
+def steps_to_mix(result, reference, window=10) -> int | None:
+    """The first step from which the mean loss gap to another arm, over `window` entries of the curve, is
+    negative; None if there is none."""
+    found = loss_gaps(result, reference)
+    for i in range(len(found) - window + 1):
+        if mean(gap for _, gap in found[i : i + window]) < 0:
+            return found[i][0]
+    return None
+
+
+def first_reached(points, value) -> float | None:
+    """Where the line through [(x, loss)] comes down to `value` for the first time; None if it never does."""
     if points[0][1] <= value:
         return points[0][0]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -150,168 +249,192 @@ def reached(points, value) -> float | None:
     return None
 
 
-def gaps(result, beside) -> list[tuple[int, float]]:
-    """How much higher the training loss is than that of another arm -> [(step, difference)]. Both have seen
-    the same clips at the same times and noise, so most of the noise cancels."""
-    mine, other = ({r["step"]: r["loss"] for r in each["curve"] if "loss" in r} for each in (result, beside))
-    return [(step, mine[step] - other[step]) for step in sorted(mine.keys() & other.keys())]
-
-
-def spike(result, beside, steps=50) -> float | None:
-    """The mean gap to another arm over the first steps; None if none was written down."""
-    first = [gap for step, gap in gaps(result, beside) if step <= steps]
-    return mean(first) if first else None
-
-
-def steps_to_mix(result, beside, window=10) -> int | None:
-    """The first step from which on the mean gap to another arm, over `window` entries of the curve, is
-    negative; None if there is none."""
-    found = gaps(result, beside)
-    for i in range(len(found) - window + 1):
-        if mean(gap for _, gap in found[i : i + window]) < 0:
-            return found[i][0]
-    return None
-
-
-def score_tables(found, first) -> list[str]:
-    """The tables of scores of a part: means by set of prompts, gains over the arm `first`, and all of it by
-    attribute. found: {arm: {seed: result}}."""
-    any_scores = next(iter(next(iter(found.values())).values()))["scores"]
-    sets = [name for name, scores in any_scores.items() if isinstance(scores, dict)]
-
-    def row(arm, name):
-        return spread([measure(result, name) for result in found[arm].values()])
-
-    text = [
-        "Mean over the attributes of each set of prompts:",
-        markdown(["arm", *sets], [[arm, *(row(arm, name) for name in sets)] for arm in found]),
-    ]
-    if first in found:
-        gains = [
-            [arm, *(spread(differences(found[arm], found[first], name)) for name in sets)]
-            for arm in found
-            if arm not in ("base", first)
-        ]
-        text += [f"Gain over *{first}*, within each seed:", markdown(["arm", *sets], gains)]
-    for name in sets:
-        columns = [column for column in COLUMNS if column in any_scores[name]]
-        rows = [
-            [arm, *(spread([r["scores"][name][c] for r in found[arm].values()]) for c in columns)]
-            for arm in found
-        ]
-        text += [f"{name.capitalize()}, by attribute:", markdown(["arm", *columns], rows)]
-    return text
-
-
-def growth_section(found, starts) -> list[str]:
-    """The tables of part growth: what was learned and forgotten, by t, by the names of others, and scores.
-    starts: {arm: what it goes on from}."""
-    going_on = [arm for arm in found if starts[arm] == "base"]
-    final = {arm: {seed: r["curve"][-1]["step"] for seed, r in found[arm].items()} for arm in found}
-    equal = min((min(final[arm].values()) for arm in going_on), default=0)
-    rows = []
-    for arm, by_seed in found.items():
-        others = found.get("continued", {})
-        pairs = [(r, others[seed]) for seed, r in by_seed.items() if seed in others]
-        other = "short" in arm or arm == "base"  # its loss on the way is that on other clips or captions
-        same = arm in going_on and not other and "llm" not in arm  # reads all captions that *continued* does
-        cells = [spread([measure(r, name) for r in by_seed.values()], 4) for name in ("rich", "basic")]
-        for key in ("val_loss", "old_val_loss"):
-            curves = [losses_of(r, key) for r in by_seed.values() if key == "old_val_loss" or not other]
-            cells.append(spread([at(curve, equal) for curve in curves if curve], 4))
-        if same and arm != "continued":
-            mixed = [steps_to_mix(*pair) for pair in pairs]
-            cells += [spread([spike(*pair) for pair in pairs], 4)]
-            cells += [", ".join("never" if step is None else str(step) for step in mixed)]
-        rows.append([arm, str(round(mean(final[arm].values()))), *cells, *[""] * (6 - len(cells))])
-    titles = ["arm", "steps", "rich", "basic", f"rich, step {equal}", f"basic, step {equal}"]
-    text = [
-        "Loss on held-out clips, `rich` with detailed and `basic` with short captions, when the budget is"
-        " spent, and after equally many steps since the base (or the start). The spike is the training loss"
-        " over the first 50 steps less that of *continued* on the same clips, captions and noise; an arm has"
-        " mixed at the step from which on it is below *continued* for 100 steps (for each seed).",
-        markdown([*titles, "spike", "steps to mix"], rows),
-    ]
-    for name, key in (("rich", "rich_loss"), ("basic", "val_loss")):
-        rows = [
-            [arm, *(spread([r["scores"][key][b] for r in by_seed.values()], 4) for b in range(8))]
-            for arm, by_seed in found.items()
-        ]
-        text += [f"Loss on `{name}` by t, from noise to clip, in eight equally likely slices:"]
-        text += [markdown(["arm", *map(str, range(1, 9))], rows)]
-    arms = [arm for arm in ("base", "lora", "insert", "insert + llm", "large from scratch") if arm in found]
-    rows = []
-    for theirs, (name, column) in ORIGINALS.items():
-        values = [[r["scores"][name].get(column) for r in found[arm].values()] for arm in arms]
-        rows.append([theirs, *map(spread, values)])
-    text += [f"By others' names; without counterpart: {LEFT_OUT}.", markdown(["benchmark", *arms], rows)]
-    return text + score_tables(found, "continued")
-
-
 def savings(by_seed, targets) -> list:
-    """For each seed that both have: by what factor fewer FLOPs an arm needed for the final loss of the large
-    model from scratch, None if it did not get there."""
+    """By what factor an arm needed fewer FLOPs for the final loss of `targets`, for each seed that both have;
+    None if it did not get there. Both are {seed: result}."""
     factors = []
     for seed in sorted(by_seed.keys() & targets.keys()):
-        *_, (_, budget, target) = losses_of(targets[seed], "val_loss")
-        spent = reached([(flops, loss) for _, flops, loss in losses_of(by_seed[seed], "val_loss")], target)
+        _, budget, target = loss_curve(targets[seed], "val_loss")[-1]
+        points = [(flops, loss) for _, flops, loss in loss_curve(by_seed[seed], "val_loss")]
+        spent = first_reached(points, target)
         factors.append(spent and budget / spent)
     return factors
 
 
 def since_growth(arm, seed, by_arm, starts):
-    """A result whose curve begins with those of what the arm went on from, back to the last growth: the whole
-    life of that model. by_arm: {arm: {seed: result}}; starts: {arm: what it goes on from}."""
-    result, curve = by_arm[arm][seed], []
-    while True:
-        curve = by_arm[arm][seed]["curve"] + curve
-        if "--grow" in by_arm[arm][seed]["arguments"] or seed not in by_arm.get(starts[arm], {}):
-            return result | {"curve": curve}
+    """A result whose curve begins with the curves of the arms it continued from, back to the last growth: the
+    whole life of that model. by_arm: {arm: {seed: result}}; starts: {arm: the arm it continues from}."""
+    result = by_arm[arm][seed]
+    curve = result["curve"]
+    while "--grow" not in by_arm[arm][seed]["arguments"]:
         arm = starts[arm]
+        if seed not in by_arm.get(arm, {}):
+            break
+        curve = by_arm[arm][seed]["curve"] + curve
+    return result | {"curve": curve}
 
 
-TIMING = (
-    "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
-    " times fewer).** Loss on `rich` when the budget is spent, and how many times fewer FLOPs, those of the"
-    " small model included, were enough for the final loss of *large from scratch*. A grown model counts from"
-    " its growth on; *never grown* is the small model, for the whole budget:"
-)
-LONGER = "**Nearer to its limit it is better to grow a small model than to go on.** Four times that budget:"
-
-
-def timing_table(found, goal) -> str:
-    """The table of a part of losses alone; `goal` is the arm whose last one is to be reached with less."""
-    rows, targets, small = [], found.get(goal, {}), found.get("never grown", {})
-    for arm, by_seed in found.items():
-        factors = savings(by_seed, targets) if by_seed is not targets else []
-        saved = spread(factors, 2) if all(factors) else ""
-        told = ", ".join(f"{f:.2f}" if f else "never" for f in factors)
-        lower = differences(by_seed, small, "last") if by_seed is not small else []
-        last = [measure(r, "last") for r in by_seed.values()]
-        rows.append([arm, spread(last, 4), saved, told, spread(lower, 4), verdict(lower) if lower else ""])
-    titles = ["arm", "final loss", f"times fewer FLOPs than *{goal}*", "by seed"]
-    return markdown([*titles, "lower than *never grown* by", "in every seed"], rows)
+# --------------------------------------------------------------------------------------------------------
+# Sections of the report. found: {arm: {seed: result}}
 
 
 def claims(found) -> list[str]:
-    """A paragraph for each claim of whose arms some are there: the verdict, and the differences it rests on.
-    A comparison that is missing is open; one that is contradicted decides."""
+    """A paragraph for each claim some of whose arms are there: the verdict and the gains it rests on. A
+    missing comparison leaves a claim open; a contradicted one decides it."""
     text = []
     for claim, comparisons in CLAIMS.items():
-        told, verdicts = [], []
-        for better, worse, name in comparisons:
-            values = differences(found.get(better, {}), found.get(worse, {}), name)
+        reasons, verdicts = [], []
+        for comparison in comparisons:
+            arms, name = comparison.split(": ")
+            better, worse = arms.split(" > ")
+            values = gains(found.get(better, {}), found.get(worse, {}), name)
             verdicts.append(verdict(values))
             if values:
-                what = " against ".join(name) if isinstance(name, tuple) else name
-                told.append(f"*{better}* over *{worse}*, {what}: {spread(values, 4)} ({verdicts[-1]})")
-        if told:
-            order = ("contradicted", "open", "holds")
-            text.append(f"**{claim}** {min(verdicts, key=order.index).capitalize()}. {'; '.join(told)}.")
+                reasons.append(f"*{better}* over *{worse}*, {name}: {spread(values, 4)} ({verdicts[-1]})")
+        if reasons:
+            decisive = next(v for v in ("contradicted", "open", "holds") if v in verdicts)
+            text.append(f"**{claim}** {decisive.capitalize()}. {'; '.join(reasons)}.")
     return text
 
 
-COLOURS = [f"C{i}" for i in range(10)] + ["goldenrod", "black", "navy", "lime", "tomato", "teal"]
+def score_tables(found, baseline) -> list[str]:
+    """The mean over the attributes of each set of prompts, and the gain over the arm `baseline`."""
+    first_arm = next(iter(found.values()))
+    any_scores = next(iter(first_arm.values()))["scores"]
+    sets = [name for name, scores in any_scores.items() if isinstance(scores, dict)]
+    means, differences = [], []
+    for arm, by_seed in found.items():
+        cells = [spread([measure(result, name) for result in by_seed.values()]) for name in sets]
+        means.append([arm, *cells])
+        if arm not in ("base", baseline):
+            cells = [spread(gains(by_seed, found.get(baseline, {}), name)) for name in sets]
+            differences.append([arm, *cells])
+    text = ["Mean over the attributes of each set of prompts:", markdown_table(["arm", *sets], means)]
+    if baseline in found:
+        text += [f"Gain over *{baseline}*, within each seed:", markdown_table(["arm", *sets], differences)]
+    return text
+
+
+def mixing_cells(by_seed, references) -> list[str]:
+    """Two cells of the table of losses: the spike, and the steps to mix of each seed."""
+    pairs = [(by_seed[seed], references[seed]) for seed in by_seed if seed in references]
+    steps = [steps_to_mix(*pair) for pair in pairs]
+    words = ["never" if step is None else str(step) for step in steps]
+    return [spread([spike(*pair) for pair in pairs], 4), ", ".join(words)]
+
+
+def losses_at(by_seed, key, step) -> str:
+    """The loss `key` at a step, over all seeds that have its curve."""
+    curves = [loss_curve(result, key) for result in by_seed.values()]
+    return spread([loss_at(curve, step) for curve in curves if curve], 4)
+
+
+def loss_table(found, starts) -> str:
+    """Part growth: losses when the budget is spent and after equally many steps. starts: {arm: the arm it
+    continues from}."""
+    final = {}
+    for arm, by_seed in found.items():
+        final[arm] = [result["curve"][-1]["step"] for result in by_seed.values()]
+    equal = min((min(final[arm]) for arm in found if starts[arm] == "base"), default=0)
+    rows = []
+    for arm, by_seed in found.items():
+        other_clips = arm == "base" or "short" in arm  # its curve is of other clips or captions
+        cells = [arm, str(round(mean(final[arm])))]
+        for name in ("rich", "basic"):
+            cells.append(spread([measure(result, name) for result in by_seed.values()], 4))
+        cells.append("" if other_clips else losses_at(by_seed, "val_loss", equal))
+        cells.append(losses_at(by_seed, "old_val_loss", equal))
+        # The training losses compare if both arms read all captions of the same clips.
+        comparable = starts[arm] == "base" and arm != "continued" and not other_clips and "llm" not in arm
+        cells += mixing_cells(by_seed, found.get("continued", {})) if comparable else ["", ""]
+        rows.append(cells)
+    titles = ["arm", "steps", "rich", "basic", f"rich, step {equal}", f"basic, step {equal}"]
+    return markdown_table([*titles, "spike", "steps to mix"], rows)
+
+
+def benchmark_table(found) -> str:
+    """Part growth: scores by the names of VBench and T2V-CompBench."""
+    arms = [arm for arm in ("base", "lora", "insert", "insert + llm", "large from scratch") if arm in found]
+    rows = []
+    for benchmark, (name, column) in BENCHMARK_NAMES.items():
+        cells = [benchmark]
+        for arm in arms:
+            cells.append(spread([result["scores"][name].get(column) for result in found[arm].values()]))
+        rows.append(cells)
+    return markdown_table(["benchmark", *arms], rows)
+
+
+def timing_table(found, goal) -> str:
+    """A part of losses alone. `goal` is the arm whose final loss the others should reach with less."""
+    targets, small = found.get(goal, {}), found.get("never grown", {})
+    rows = []
+    for arm, by_seed in found.items():
+        factors = [] if arm == goal else savings(by_seed, targets)
+        lower = [] if arm == "never grown" else gains(by_seed, small, "last")
+        cells = [arm, spread([measure(result, "last") for result in by_seed.values()], 4)]
+        cells.append(spread(factors, 2) if all(factors) else "")
+        cells.append(", ".join(f"{factor:.2f}" if factor else "never" for factor in factors))
+        cells += [spread(lower, 4), verdict(lower) if lower else ""]
+        rows.append(cells)
+    titles = ["arm", "final loss", f"times fewer FLOPs than *{goal}*", "by seed"]
+    return markdown_table([*titles, "lower than *never grown* by", "in every seed"], rows)
+
+
+LOSSES = (
+    "Loss on held-out clips, `rich` with detailed and `basic` with short captions: when the budget is spent,"
+    " and after equally many steps since the base (or the start). The spike is the mean training loss over"
+    " the first 50 steps, less that of *continued* on the same clips, captions and noise. An arm has mixed at"
+    " the step from which its training loss stays below that of *continued* for 100 steps (for each seed)."
+)
+TIMING = (
+    "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
+    " times fewer).** The table has the loss on `rich` when the budget is spent. It also says how many times"
+    " fewer FLOPs, those of the small model included, were enough for the final loss of *large from scratch*."
+    " The curve of a grown model begins at its growth. *never grown* is the small model, for the whole"
+    " budget:"
+)
+LONGER = (
+    "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
+    " continuation.**"
+)
+
+
+def growth_section(found, starts, results: Path) -> list[str]:
+    """The claims, losses and pictures of part growth; the scores come at the end of the report."""
+    dashed = [arm for arm, start in starts.items() if start != "base"]
+    plot_losses(found, results / "loss.png", dashed)
+    plot_forgetting(found, starts, results / "forgetting.png")
+    text = [RULE, *claims(found), LOSSES, loss_table(found, starts)]
+    text += ["![Loss over FLOPs](loss.png)", "![Learned and forgotten](forgetting.png)"]
+    if (results / "gallery.gif").is_file():
+        text.append("![Base, LoRA, expansion, expansion with an LLM](gallery.gif)")
+    return text
+
+
+def growth_scores(found) -> list[str]:
+    """The scores of part growth."""
+    text = ["## Growth: scores", *score_tables(found, "continued")]
+    text.append(f"By the names of other benchmarks. Not covered: {NOT_COVERED}.")
+    return [*text, benchmark_table(found)]
+
+
+def timing_section(found, targets, results: Path) -> list[str]:
+    """When to grow. targets: {seed: result} of *large from scratch*."""
+    plot_timing(found, targets, results / "timing.png")
+    with_large = found | {"large from scratch": targets}
+    return [TIMING, timing_table(with_large, "large from scratch"), "![When to grow](timing.png)"]
+
+
+def longer_section(found, results: Path) -> list[str]:
+    """Growing or not, with four times the budget."""
+    plot_losses(found, results / "longer.png")
+    return [LONGER, timing_table(found, "never grown"), "![Longer](longer.png)"]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Pictures
+
+PLOT_COLOURS = [f"C{i}" for i in range(10)] + ["goldenrod", "black", "navy", "lime", "tomato", "teal"]
 
 
 def new_plot(**labels):
@@ -323,29 +446,37 @@ def new_plot(**labels):
 
 
 def save_plot(figure, path):
-    """The same bytes for the same numbers."""
+    """Write a picture; the same numbers give the same bytes."""
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def plot_losses(found, path, dashed=()):
+def mean_curve(by_seed):
+    """The mean over seeds of the curves of a validation loss -> (FLOPs, losses), without the start."""
+    curves = [loss_curve(result, "val_loss") for result in by_seed.values()]
+    flops, losses = [], []
+    for points in zip(*curves, strict=False):  # point i of every seed
+        flops.append(mean(point[1] for point in points))
+        losses.append(mean(point[2] for point in points))
+    return flops[1:], losses[1:]
+
+
+def plot_losses(found, path: Path, dashed=()):
     """Loss on `rich` over FLOPs, means over seeds."""
     figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich", yscale="log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     for number, (arm, by_seed) in enumerate(found.items()):
-        if "rich" not in by_seed[min(by_seed)]["arguments"] or "short" in arm:  # the latter's loss is another
+        result = by_seed[min(by_seed)]
+        if "rich" not in result["arguments"] or "short" in arm:  # its loss is that of other captions
             continue
-        curves = [losses_of(result, "val_loss") for result in by_seed.values()]
-        points = [[mean(v) for v in zip(*point, strict=True)] for point in zip(*curves, strict=False)]
-        flops, losses = [p[1] for p in points[1:]], [p[2] for p in points[1:]]
-        axes.plot(
-            flops, losses, "--" if arm in dashed else "-", color=COLOURS[number % len(COLOURS)], label=arm
-        )
+        style = "--" if arm in dashed else "-"
+        colour = PLOT_COLOURS[number % len(PLOT_COLOURS)]
+        axes.plot(*mean_curve(by_seed), style, color=colour, label=arm)
     axes.legend(fontsize=8)
     save_plot(figure, path)
 
 
-def plot_forgetting(found, starts, path):
+def plot_forgetting(found, starts, path: Path):
     """What was gained on `rich` against what was forgotten of `basic`."""
     base = found.get("base", {})
     figure, axes = new_plot(
@@ -355,17 +486,19 @@ def plot_forgetting(found, starts, path):
     points = []
     for number, (arm, by_seed) in enumerate(found.items()):
         if starts[arm] == "base" and base.keys() & by_seed.keys():
-            x, y = ([-d for d in differences(by_seed, base, "basic")], differences(by_seed, base, "rich"))
-            points.append((mean(y), mean(x), y, x, arm, COLOURS[number % len(COLOURS)]))
-    for i, (height, place, y, x, arm, colour) in enumerate(sorted(points)):
-        bars = [stdev(v) if len(v) > 1 else 0 for v in (y, x)]
-        axes.errorbar(place, height, *bars, "o", color=colour, capsize=2)
-        away = (5, (4, -11)[i % 2])  # neighbours have their names above and below
-        axes.annotate(arm, (place, height), xytext=away, textcoords="offset points", fontsize=8, color=colour)
+            forgotten = [-value for value in gains(by_seed, base, "basic")]
+            learned = gains(by_seed, base, "rich")
+            colour = PLOT_COLOURS[number % len(PLOT_COLOURS)]
+            points.append((mean(learned), mean(forgotten), learned, forgotten, arm, colour))
+    for i, (y, x, learned, forgotten, arm, colour) in enumerate(sorted(points)):
+        bars = [stdev(values) if len(values) > 1 else 0 for values in (learned, forgotten)]
+        axes.errorbar(x, y, *bars, "o", color=colour, capsize=2)
+        offset = (5, 4) if i % 2 == 0 else (5, -11)  # neighbours have their names above and below
+        axes.annotate(arm, (x, y), xytext=offset, textcoords="offset points", fontsize=8, color=colour)
     save_plot(figure, path)
 
 
-def plot_timing(found, targets, results: Path):
+def plot_timing(found, targets, path: Path):
     """How much is saved, over the share of the budget that was spent before growth."""
     figure, axes = new_plot(
         xlabel="% of the budget spent on the small model",
@@ -375,75 +508,88 @@ def plot_timing(found, targets, results: Path):
     shares = range(55, 101)
     axes.plot(shares, [100 / share for share in shares], ":", color="C0", label="at the moment of growth")
     for arm, by_seed in found.items():
-        factors = [f for f in savings(by_seed, targets) if f]
-        if share := re.search(r"at (\d+) %", arm):
+        factors = [factor for factor in savings(by_seed, targets) if factor]
+        share = re.search(r"at (\d+) %", arm)
+        if share:
             axes.plot([int(share[1])] * len(factors), factors, "sC1" if "x 4" in arm else "oC0")
         elif factors:
             axes.axhline(mean(factors), color="C2", ls="--", label=f"{arm}: the small model")
     axes.plot([], [], "o", color="C0", label="twice the blocks")
     axes.plot([], [], "s", color="C1", label="four times")
     axes.legend()
-    save_plot(figure, results / "timing.png")
+    save_plot(figure, path)
 
 
-def write_report(results: Path, parts, readme: Path | None = None) -> str:
-    """Tables, plots and verdicts of what is in `results`/PART/*.json -> the text, which is also written to
-    results/README.md, and the first tables of it into `readme`, between `MARKS`. parts: {part: {arm: (what it
-    goes on from, arguments)}}. Raises FileNotFoundError if there is nothing."""
+# --------------------------------------------------------------------------------------------------------
+# The report
+
+
+def read_part(folder: Path, part, arms) -> dict:
+    """The results of a part -> {arm: {seed: result}}, in the order of `arms`, without those that exist only
+    for others to continue from. arms: {arm: (the arm it continues from, options)}."""
+    by_arm = {arm: {} for arm in arms}
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if result["arm"] in by_arm:
+            by_arm[result["arm"]][result["seed"]] = result
+    starts = {arm: start for arm, (start, _) in arms.items()}
     found = {}
-    for part, arms in parts.items():
-        every = [json.loads(file.read_text()) for file in sorted((results / part).glob("*.json"))]
-        by_arm = {arm: {r["seed"]: r for r in every if r["arm"] == arm} for arm in arms}
-        if part in TIMED:
-            before = {arm: start for arm, (start, _) in arms.items()}
-            by_arm = {
-                arm: {seed: since_growth(arm, seed, by_arm, before) for seed in by_seed}
-                for arm, by_seed in by_arm.items()
-            }
-        found[part] = {
-            arm: dict(sorted(by_seed.items())) for arm, by_seed in by_arm.items() if by_seed and arm[0] != "_"
-        }
-    if not any(found.values()):
-        raise FileNotFoundError(f"there are no results in {results}: run `python study.py` first")
-    every = [r for by_arm in found.values() for by_seed in by_arm.values() for r in by_seed.values()]
-    starts = {arm: start for arm, (start, _) in parts["growth"].items()}
-    targets = found["growth"].get("large from scratch", {})
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in every})))
-    short, details = [f"Mean ± standard deviation over seeds {seeds}."], []
-    wanted = 3 * sum(arm[0] != "_" for arms in parts.values() for arm in arms)
-    if len(every) < wanted:
-        short[0] += f" Under way: {len(every)} of {wanted} runs are in."
-    if (file := results / "reader.json").is_file():
-        details += ["## The reader", "What it reads of true clips:", table(json.loads(file.read_text()))]
-    if found["growth"]:
-        dashed = [arm for arm, start in starts.items() if start != "base"]
-        plot_losses(found["growth"], results / "loss.png", dashed)
-        plot_forgetting(found["growth"], starts, results / "forgetting.png")
-        first, losses, *rest = growth_section(found["growth"], starts)
-        short += [RULE, *claims(found["growth"]), first, losses]
-        short += ["![Loss over FLOPs](loss.png)", "![Learned and forgotten](forgetting.png)"]
-        if (results / "gallery.gif").is_file():
-            short += ["![Base, LoRA, expansion, expansion with an LLM](gallery.gif)"]
-        details += ["## Growth", *rest]
-    if found["timing"] and targets:
-        plot_timing(found["timing"], targets, results)
-        with_large = found["timing"] | {"large from scratch": targets}
-        short += [TIMING, timing_table(with_large, "large from scratch"), "![When to grow](timing.png)"]
-    if found["longer"]:
-        plot_losses(found["longer"], results / "longer.png")
-        short += [LONGER, timing_table(found["longer"], "never grown"), "![Longer](longer.png)"]
-    if found["language"]:
-        scores = score_tables(found["language"], "base encoder")
-        short += [*claims(found["language"]), "**The language model.** " + scores[0], *scores[1:4]]
-        details += ["## Language", *scores[4:]]
-    revisions = sorted(
-        {f"{r['revision'][:10]}{'+' * r['revision'].endswith('+')} on {r['machine']}" for r in every}
-    )
-    short.append(f"Measured at {'; '.join(revisions)}.")
-    text = "\n\n".join(["# Results", "Made by `python study.py --report`.", *short, *details]) + "\n"
-    (results / "README.md").write_text(text)
-    if readme and all(mark in (page := readme.read_text()) for mark in MARKS):
-        before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-        inside = "\n\n".join(short).replace("](", f"]({results.name}/")
-        readme.write_text(f"{before}{MARKS[0]}\n\n{inside}\n\n{MARKS[1]}{after}")
+    for arm, by_seed in by_arm.items():
+        if by_seed and not arm.startswith("_"):
+            found[arm] = dict(sorted(by_seed.items()))
+            for seed in by_seed if part in LOSS_ONLY else ():
+                found[arm][seed] = since_growth(arm, seed, by_arm, starts)
+    return found
+
+
+def provenance(results) -> str:
+    """The commits and machines that the numbers are from."""
+    sources = set()
+    for result in results:
+        revision = result["revision"]
+        changed = "+" if revision.endswith("+") else ""
+        sources.add(f"{revision[:10]}{changed} on {result['machine']}")
+    return f"Measured at {'; '.join(sorted(sources))}."
+
+
+def heading(results, parts) -> str:
+    """Over which seeds the means are, and how many runs are missing."""
+    seeds = sorted({result["seed"] for result in results})
+    text = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+    wanted = 0
+    for arms in parts.values():
+        wanted += 3 * sum(not arm.startswith("_") for arm in arms)
+    if len(results) < wanted:
+        text += f" Under way: {len(results)} of {wanted} runs are in."
     return text
+
+
+def write_report(folder: Path, parts) -> str:
+    """Make tables, pictures and verdicts of what is in `folder`/PART/*.json. The text is returned and written
+    to README.md there. parts: {part: {arm: (the arm it continues from, options)}}. Raises FileNotFoundError
+    if there are no results."""
+    found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
+    results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
+    if not results:
+        raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
+    text = ["# Results", "Written by `python -m lab.study --report`.", heading(results, parts)]
+    growth, language = found["growth"], found["language"]
+    if growth:
+        starts = {arm: start for arm, (start, _) in parts["growth"].items()}
+        text += growth_section(growth, starts, folder)
+    if found["timing"] and "large from scratch" in growth:
+        text += timing_section(found["timing"], growth["large from scratch"], folder)
+    if found["longer"]:
+        text += longer_section(found["longer"], folder)
+    if language:
+        text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
+    text += ["## Negative results of designs that were removed", NEGATIVE]
+    reader = folder / "reader.json"
+    if reader.is_file():
+        text += ["## The reader", "What it reads of true clips:", score_table(json.loads(reader.read_text()))]
+    if growth:
+        text += growth_scores(growth)
+    text.append(provenance(results))
+    report = "\n\n".join(text) + "\n"
+    (folder / "README.md").write_text(report)
+    return report

@@ -1,82 +1,91 @@
-"""The study: what the paper claims, tested at a scale that a laptop can afford.
+"""The study: the claims of the paper, tested at a scale that a laptop can afford. `python -m lab.study`
 
-ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks, and that one with a
-language model. Four parts, and in each a base per seed, from which its arms go on:
+ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks (expansion), and
+expansion with a language model. This study has four parts. Each has a base per seed, from which its arms
+continue:
 
-**language** - does a language model help? Every arm goes on for as many steps on the same clips and captions
-in the same order, with or without a branch that reads the hidden states of an LLM; half of the captions is
-then hidden from the small encoder (train.py). The base has learned for twice as long; after shorter ones
-hiding captions cost more than the LLM gave. Two controls: the LLM reads the caption of another clip (what is
-gained then is parameters); the new branch reads MiniLM once more (what is gained then is a branch).
+**language** - does a language model help? Every arm continues for as many steps on the same clips and captions
+in the same order, with or without a branch that reads the hidden states of an LLM. Half of the captions are
+then hidden from the small encoder (train.py). There are two controls. In one the LLM reads the caption of
+another clip: what is gained then comes from the parameters. In the other the new branch reads MiniLM once
+more: what is gained then comes from a second branch.
 
-**growth** - is it better to grow? The base has learned `basic`, one actor and short captions; the arms go on
-with `rich`, several actors and long captions. All may spend the same number of FLOPs, those of the base
-included, so that an arm with half the blocks makes twice the steps; the tables also compare at equal steps.
-*large from scratch* spends everything on `rich`.
+**growth** - is it better to grow? The base has learned `basic`, one actor and short captions. The arms
+continue with `rich`, several actors and long captions. All arms spend the same number of FLOPs, those of the
+base included, so an arm with half the blocks makes twice the steps (isoFLOP); the tables also compare at
+equal steps. *continued* is dense continuation. *large from scratch* spends the whole budget on `rich`.
 
 **timing** - when to grow, and does it save anything? Small models learn `rich` for a share of that budget and
-are then grown to the size of *large from scratch*; how soon do they reach its final loss?
+are then grown to the size of *large from scratch*. How soon do they reach its final loss?
 
-**longer** - with four times that budget, when the small model has come nearer to its limit, is it better to
-grow it than to go on?
+**longer** - with four times that budget, nearer to the limit of the small model, is it better to grow it than
+to continue?
 
-**FLOPs** are counted by torch for a step forward and backward (`dit.count_flops`), without the frozen text
-encoders, whose features are computed once. Learning rates stay on their plateau and the averaged weights
-(EMA) are judged, over about a hundred steps: a run can then be compared at any step of it. (In part language,
-where only ends are compared, rates decay.)
+**FLOPs** are those of a training step, forward and backward (`dit.count_flops`), without the frozen text
+encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
+not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
+learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the
+averaged weights (EMA) are judged. In part language, where only ends are compared, the rate decays.
 
-**What is measured.** The reader (reader.py, evaluate.py) scores clips for prompts never seen; losses are
-those on held-out clips with fixed noise. Scoring six sets of 200 prompts takes nearly as many FLOPs as to
-train an arm of part growth, so that part makes do with 100. Six steps of the solver do, as more do not change
-the scores (README, *Speed*). Differences are taken within a seed. The spread is over seeds, which decide
-weights, batches and noise; clips, captions and test prompts are the same for all.
+**What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
+those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
+decide weights, batches and noise; clips, captions and test prompts are the same for all.
 
-**What is kept.** One JSON per arm and seed in results/PART/: arguments, revision of the code, machine, curve
-of the loss, scores. Finished ones are skipped, a run that was killed goes on from its checkpoint, and
-`--report` makes tables, plots and verdicts from the JSON alone (report.py), also those in README.md.
+**What is kept.** One JSON file per arm and seed in results/PART/: arguments, commit of the code, machine,
+curve of the loss, scores. Finished arms are skipped, and a run that was killed resumes from its checkpoint.
+`--report` makes tables, pictures and verdicts from the JSON files alone (lab/report.py).
+
+Left out: a search for the best learning rate of each arm, and budgets beyond four times 2.4e13 FLOPs.
 """
 
 import argparse
+import copy
 import json
 import platform
 import re
 import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_model
-from draw import save_grid
-from evaluate import evaluate, prove, table
-from reader import Reader, get_reader
-from report import TIMED, write_report
-from sample import solve, to_uint8
-from text_encoder import NULL_PROMPT, Prompts
+from lab.evaluate import evaluate, prove, sample_clips
+from lab.reader import Reader, get_reader
+from lab.report import LOSS_ONLY, score_table, write_report
+from machine import run_command
+from run import load_checkpoint, load_model
+from text_encoder import Prompts
 from train import parse_arguments, train
+from video import save_grid, to_uint8
 
-# Each part: {arm: (the arm it goes on from, what train.py is told)}. An arm that is there for others to go on
-# from, and for nothing else, begins with an underscore and is not scored.
+
+class Arm(NamedTuple):
+    """A training run of the study. One whose name begins with an underscore is there only for others to
+    continue from, and is not scored."""
+
+    base: str | None  # the arm it continues from
+    options: str  # of train.py, and --flops N: the budget, what the base has spent included
+
+
 VARIED = "--data basic --words varied --clips 8192 --batch 16 --every 2000 "
 MORE = VARIED + "--steps 4000 "
 LLM = MORE + "--drop-text 0.5 --grow llm --llm-features "
 SHARED = MORE + "--drop-text 0 --grow llm --llm-features mean"  # the small encoder reads all captions too
 LANGUAGE = {
-    "base": (None, VARIED + "--preset nano --steps 8000 --decay 0"),
-    "base encoder": ("base", MORE),
-    "llm last": ("base", LLM + "last"),
-    "llm middle": ("base", LLM + "middle"),
-    "llm mean": ("base", LLM + "mean"),
-    "llm last, refiner": ("base", LLM + "last --refiner 2"),
-    "llm middle, refiner": ("base", LLM + "middle --refiner 2"),
-    "llm mean, refiner": ("base", LLM + "mean --refiner 2"),
-    "llm mean, nothing hidden": ("base", SHARED),
-    "wrong captions, nothing hidden": ("base", SHARED),
-    "minilm twice": ("base", LLM + "mean"),
+    "base": Arm(None, VARIED + "--preset nano --steps 8000 --decay 0"),
+    "base encoder": Arm("base", MORE),
+    "llm last": Arm("base", LLM + "last"),
+    "llm middle": Arm("base", LLM + "middle"),
+    "llm mean": Arm("base", LLM + "mean"),
+    "llm mean, nothing hidden": Arm("base", SHARED),
+    "wrong captions, nothing hidden": Arm("base", SHARED),
+    "minilm twice": Arm("base", LLM + "mean"),
 }
-TOLD_BY = ("seen", "held-out words", "held-out forms", "long")
+LANGUAGE_SETS = ("seen", "held-out words", "held-out forms", "long")  # that part language is scored on
+
 BUDGET = 2.4e13  # FLOPs: 1,400 steps of *large from scratch*
 PLATEAU = "--decay 0 --ema 0.99 --batch 16 --every 200 "
 NEW = PLATEAU + "--preset nano "
@@ -85,230 +94,317 @@ RICH = f"{SPEND}{BUDGET:g} "
 GROWN = PLATEAU + RICH
 DEPTH = GROWN + "--grow depth "
 GROWTH = {
-    "base": (None, f"{NEW}--data basic --flops {BUDGET / 2:g}"),
-    "_untrained": (None, f"{NEW}--data basic --steps 1"),
-    "continued": ("base", GROWN),
-    "lora": ("base", GROWN + "--tune lora"),
-    "insert": ("base", DEPTH),
-    "prefix": ("base", DEPTH + "--where prefix"),
-    "suffix": ("base", DEPTH + "--where suffix"),
-    "insert, plain copies": ("base", DEPTH + "--zero none"),
-    "insert, old blocks frozen": ("base", DEPTH + "--tune new"),
-    "insert, double zero": ("base", DEPTH + "--zero both"),
-    "width x 2": ("base", GROWN + "--grow width"),
-    "insert, short captions": ("base", DEPTH + "--captions short"),
-    "insert + llm": ("base", GROWN + "--grow depth,llm"),
-    "insert + llm, short captions": ("base", GROWN + "--grow depth,llm --captions short"),
-    "insert into an untrained base": ("_untrained", DEPTH),
-    "large from scratch": (None, f"{NEW}{RICH}--depth 8"),
+    "base": Arm(None, f"{NEW}--data basic --flops {BUDGET / 2:g}"),
+    "_untrained": Arm(None, f"{NEW}--data basic --steps 1"),
+    "continued": Arm("base", GROWN),
+    "lora": Arm("base", GROWN + "--tune lora"),
+    "insert": Arm("base", DEPTH),
+    "prefix": Arm("base", DEPTH + "--where prefix"),
+    "suffix": Arm("base", DEPTH + "--where suffix"),
+    "insert, plain copies": Arm("base", DEPTH + "--zero none"),
+    "insert, old blocks frozen": Arm("base", DEPTH + "--tune new"),
+    "insert, double zero": Arm("base", DEPTH + "--zero both"),
+    "width x 2": Arm("base", GROWN + "--grow width"),
+    "insert, short captions": Arm("base", DEPTH + "--captions short"),
+    "insert + llm": Arm("base", GROWN + "--grow depth,llm"),
+    "insert + llm, short captions": Arm("base", GROWN + "--grow depth,llm --captions short"),
+    "insert into an untrained base": Arm("_untrained", DEPTH),
+    "large from scratch": Arm(None, f"{NEW}{RICH}--depth 8"),
 }
-SHARES = (5, 10, 25, 50, 80)  # % of the budget spent before growth
-TIMING = {}
-for before, share in zip((None, *SHARES), SHARES, strict=False):
-    told = f"{SPEND}{BUDGET * share / 100:g}"
-    start = f"_small {before} %" if before else None
-    TIMING[f"_small {share} %"] = (start, (PLATEAU if before else NEW) + told)
-    TIMING[f"insert at {share} %"] = (f"_small {share} %", DEPTH)
-TIMING["never grown"] = ("_small 80 %", GROWN)
-TIMING["_smaller 25 %"] = (None, f"{NEW}--depth 2 {SPEND}{BUDGET / 4:g}")
-TIMING["insert at 25 %, x 4"] = ("_smaller 25 %", DEPTH + "--add 6")
+
+# One small model goes on from share to share of the budget, and is grown at each.
+TIMING = {
+    "_small 5 %": Arm(None, f"{NEW}{SPEND}{BUDGET * 0.05:g}"),
+    "insert at 5 %": Arm("_small 5 %", DEPTH),
+}
+for before, share in ((5, 10), (10, 25), (25, 50), (50, 80)):
+    TIMING[f"_small {share} %"] = Arm(f"_small {before} %", f"{PLATEAU}{SPEND}{BUDGET * share / 100:g}")
+    TIMING[f"insert at {share} %"] = Arm(f"_small {share} %", DEPTH)
+TIMING["never grown"] = Arm("_small 80 %", GROWN)
+TIMING["_smaller 25 %"] = Arm(None, f"{NEW}--depth 2 {SPEND}{BUDGET / 4:g}")
+TIMING["insert at 25 %, x 4"] = Arm("_smaller 25 %", DEPTH + "--add 6")
+
 FAR = f"--every 800 {SPEND}{4 * BUDGET:g}"
 LONGER = {
-    "_small 50 %": (None, f"{NEW}--every 800 {SPEND}{2 * BUDGET:g}"),
-    "insert at 50 %": ("_small 50 %", f"{PLATEAU}{FAR} --grow depth"),
-    "never grown": ("_small 50 %", PLATEAU + FAR),
+    "_small 50 %": Arm(None, f"{NEW}--every 800 {SPEND}{2 * BUDGET:g}"),
+    "insert at 50 %": Arm("_small 50 %", f"{PLATEAU}{FAR} --grow depth"),
+    "never grown": Arm("_small 50 %", PLATEAU + FAR),
 }
+PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
+
+SOLVER_STEPS = 6  # of scored clips; more of them did not change the scores
 GALLERY = ("base", "lora", "insert", "insert + llm")
-SHOWN = (
+GALLERY_PROMPTS = [
     "an orange cat surfing in the snow",
     "a yellow bird spinning left of a red car moving up at night",
     "three blue fish moving left in the desert",
     "a purple ball bouncing above a green dog that turns red in a meadow",
-)
-PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
+]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Controls
 
 
 class WrongPrompts(Prompts):
-    """The control of the content: the LLM reads the next caption of the batch; the null prompt stays."""
+    """The control of the content: the LLM reads the caption of another clip, always the same one. Only the
+    null prompt stays."""
 
-    def batch(self, *texts, few=False):
-        """As `Prompts.batch`."""
-        real = [text for text in texts[-1] if text != NULL_PROMPT]
-        others = iter(real[1:] + real[:1])
-        wrong = [text if text == NULL_PROMPT else next(others) for text in texts[-1]]
-        return super().batch(texts[0], wrong, few=few)
+    def __init__(self, texts, metadata, llm_dim, device="cpu"):
+        super().__init__(texts, metadata, llm_dim, device)
+        if not llm_dim:
+            return
+        llm = self.features[1]
+        order = torch.randperm(len(llm.lengths), generator=torch.Generator().manual_seed(0))
+        order = order[order != self.null].to(llm.lengths.device)
+        for values in (llm.starts, llm.lengths):  # text order[i] gets the tokens of text order[i - 1]
+            values[order] = values[order.roll(1)]
 
 
 class SamePrompts(Prompts):
-    """The control of the branch: in the LLM's place the base's encoder once more, filled up with zeros."""
+    """The control of the branch: instead of an LLM the base's encoder once more, padded with zeros."""
 
-    def __init__(self, texts, header, llm_dim):
-        super().__init__(texts, header, 0)
-        self.llm_dim = llm_dim
-        self.streams *= 2 if llm_dim else 1
-
-    def batch(self, *texts, few=False):
-        """As `Prompts.batch`."""
-        text, mask, *again = super().batch(*texts, few=few)
-        return (
-            (text, mask, F.pad(again[0], (0, self.llm_dim - text.shape[-1])), again[1])
-            if again
-            else (text, mask)
-        )
+    def __init__(self, texts, metadata, llm_dim, device="cpu"):
+        super().__init__(texts, metadata, 0, device)
+        if not llm_dim:
+            return
+        again = copy.copy(self.features[0])
+        again.flat = F.pad(again.flat, (0, llm_dim - again.dim))
+        again.dim = llm_dim
+        self.features.append(again)
 
 
-READ = {"wrong captions, nothing hidden": WrongPrompts, "minilm twice": SamePrompts}
+PROMPTS_OF = {"wrong captions, nothing hidden": WrongPrompts, "minilm twice": SamePrompts}  # of these arms
 
 
-def machine() -> str:
-    """What the numbers were measured on, in words."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+# --------------------------------------------------------------------------------------------------------
+# One arm
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study works, and with what."""
+
+    runs: Path
+    results: Path
+    reader: Reader
+    revision: str  # of the code that was loaded, whatever is committed afterwards
+    quick: bool = False
+
+
+def machine_name() -> str:
+    """What the numbers are measured on, in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    elif info.is_file():
+        models = re.findall(r"model name\s*: (.*)", info.read_text())
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def find_revision() -> str:
-    """The commit that this code is at, with a + if some of it differs; "unknown" outside of git."""
-    here = Path(__file__).parent
+    """The commit of this code, with a + if a Python file differs from it; "unknown" outside of git."""
+
+    def git(*command):
+        here = Path(__file__).parents[1]
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
+
     try:
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", "*.py"])
-        )
+        commit = git("rev-parse", "HEAD").strip()
+        changes = git("status", "--porcelain", "-uno", "--", "*.py").strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + ("+" if changes.strip() else "")
+    return commit + ("+" if changes else "")
 
 
-REVISION = find_revision()  # of the code that runs, whatever is committed while it does
+def arm_path(root: Path, part, arm, seed) -> Path:
+    """Where the run or the result of an arm is: without spaces, commas and the like."""
+    words = re.findall(r"[^ ,+%]+", arm)
+    return root / part / f"{'-'.join(words)}-{seed}"
 
 
-def place(root: Path, part, arm, seed) -> Path:
-    """Where the run of an arm is, or its result: without spaces, commas and the like."""
-    return root / part / f"{'-'.join(re.findall(r'[^ ,+%]+', arm))}-{seed}"
-
-
-def arguments(part, arm, seed, quick) -> list[str]:
-    """What train.py is told, but for the folders."""
-    base, told = PARTS[part][arm]
+def arm_arguments(part, arm, seed, quick=False) -> list[str]:
+    """The arguments of an arm, without folders; `quick` replaces its sizes by tiny ones."""
+    base, options = PARTS[part][arm]
     if quick:
-        told = re.sub(r"--(flops|steps|every|clips) \S+", "", told) + " --quick --clips 16 --steps 2"
-        told += "" if base else " --frames 4 --size 16"
-    return [*told.split(), "--seed", str(seed)]
+        options = re.sub(r"--(flops|steps|every|clips) \S+", "", options) + " --quick --clips 16 --steps 2"
+        if base is None:
+            options += " --frames 4 --size 16"
+    return [*options.split(), "--seed", str(seed)]
 
 
-def train_arm(part, arm, seed, runs: Path, quick=False) -> Path:
-    """Train an arm, after what it goes on from, or what is left of it -> its run. Raises ValueError if what
-    is there was begun with other arguments."""
-    run, read, base = place(runs, part, arm, seed), READ.get(arm, Prompts), PARTS[part][arm][0]
-    how, out = arguments(part, arm, seed, quick), ["--out", str(run)]
-    if base:
-        how += ["--from", str(place(runs, part, base, seed))]
-    if any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
-        asked, told = vars(parse_arguments([*how, *out])), json.loads((run / "args.json").read_text())
-        asked |= {"resume": told["resume"], "steps": told["steps"] if asked["flops"] else asked["steps"]}
-        if other := [key for key, value in asked.items() if value not in (None, told.get(key))]:
-            raise ValueError(f"{run} was begun with another --{other[0]}: delete it, or name another --runs")
-        state = run / "checkpoint" / "train_state.json"
-        if state.is_file() and json.loads(state.read_text())["step"] >= told["steps"]:
-            return run
-        how = ["--resume"]
-    elif base:
-        train_arm(part, base, seed, runs, quick)
-    print(f"{part}: {arm}, seed {seed}: python train.py {' '.join([*how, *out])}")
+def split_budget(arguments) -> tuple[list[str], float | None]:
+    """The arguments of an arm -> those of train.py, and the FLOPs of --flops if there are any."""
+    if "--flops" not in arguments:
+        return arguments, None
+    i = arguments.index("--flops")
+    return arguments[:i] + arguments[i + 2 :], float(arguments[i + 1])
+
+
+def steps_for(budget, spent_before, spent, steps) -> int:
+    """How many steps a budget of FLOPs pays for, when the base had spent `spent_before` and after `steps`
+    steps `spent` was spent in all. Raises ValueError if not even one."""
+    per_step = (spent - spent_before) / steps
+    total = round((budget - spent_before) / per_step)
+    if total < 1:
+        raise ValueError(
+            f"a budget of {budget:.2e} FLOPs is less than the base has spent, {spent_before:.2e}"
+        )
+    return total
+
+
+def check_same(run: Path, arguments, free):
+    """Raise ValueError if a run was begun with other arguments, apart from those named in `free`."""
+    asked = vars(parse_arguments(arguments))
+    begun = json.loads((run / "args.json").read_text())
+    for name, value in asked.items():
+        if name not in ("resume", *free) and value is not None and value != begun.get(name):
+            raise ValueError(f"{run} was begun with another --{name}: delete it, or choose another --runs")
+
+
+def train_until(run: Path, arguments, steps, prompts_class):
+    """Train a run to a number of steps, from where it stands. Raises KeyboardInterrupt if it was stopped
+    before."""
+    started = any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+    if started:
+        if load_checkpoint(run).trainer_state["step"] >= steps:
+            return
+        arguments = ["--resume", "--out", str(run)]
     torch.compiler.reset()  # the graphs of another run do not fit
-    return train(parse_arguments([*how, *out]), read=read)
+    train(parse_arguments([*arguments, "--steps", str(steps)]), prompts_class=prompts_class)
+    if load_checkpoint(run).trainer_state["step"] < steps:
+        raise KeyboardInterrupt
 
 
-def run_arm(part, arm, seed, runs: Path, results: Path, reader, quick=False):
-    """Train and score an arm, unless its result is there -> what is written to results/PART/ARM-SEED.json.
-    Raises ValueError if what is there was made with other arguments."""
-    file = place(results, part, arm, seed)
-    file, how = file.with_name(file.name + ".json"), arguments(part, arm, seed, quick)
+def train_arm(study: Study, part, arm, seed) -> Path:
+    """Train an arm, after those it continues from, or what is left of it -> its run. With a budget, the first
+    step is a training of its own, which says what a step costs. Raises ValueError if a run was begun with
+    other arguments."""
+    run = arm_path(study.runs, part, arm, seed)
+    base = PARTS[part][arm].base
+    arguments, budget = split_budget(arm_arguments(part, arm, seed, study.quick))
+    arguments = [*arguments, "--out", str(run)]
+    spent_before = 0.0
+    if base:
+        base_run = train_arm(study, part, base, seed)
+        arguments += ["--from", str(base_run)]
+        spent_before = load_model(base_run)[1]["flops"]
+    if (run / "args.json").is_file():
+        check_same(run, arguments, ["steps"] if budget else [])
+    prompts_class = PROMPTS_OF.get(arm, Prompts)
+    print(f"{part}: {arm}, seed {seed}: python train.py {' '.join(arguments)}")
+    if not budget:
+        train_until(run, arguments, parse_arguments(arguments).steps, prompts_class)
+        return run
+    train_until(run, arguments, 1, prompts_class)
+    start = load_checkpoint(run)
+    steps = steps_for(budget, spent_before, start.metadata["flops"], start.trainer_state["step"])
+    train_until(run, arguments, steps, prompts_class)
+    return run
+
+
+def run_arm(study: Study, part, arm, seed) -> dict:
+    """Train and score an arm, unless its result is there -> what results/PART/ARM-SEED.json holds. Raises
+    ValueError if the result there was made with other arguments."""
+    file = arm_path(study.results, part, arm, seed)
+    file = file.with_name(file.name + ".json")
+    arguments = arm_arguments(part, arm, seed, study.quick)
     if file.is_file():
-        if (result := json.loads(file.read_text()))["arguments"] != how:
-            raise ValueError(f"{file} was made with other arguments: delete it, or name another --results")
+        result = json.loads(file.read_text())
+        if result["arguments"] != arguments:
+            raise ValueError(f"{file} has other arguments: delete it, or choose another --results")
         return result
-    run = train_arm(part, arm, seed, runs, quick)
-    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    result = {"arm": arm, "seed": seed, "arguments": how, "revision": REVISION, "machine": machine()}
-    result["flops"] = load_model(run)[1]["flops"]
-    if part not in TIMED and arm[0] != "_":
-        count, steps = (2, 1) if quick else (100 if part == "growth" else 200, 6)
-        read, only = READ.get(arm, Prompts), TOLD_BY if part == "language" else ()
-        result["scores"] = evaluate(run, reader, count, steps, seed=seed, read=read, only=only)
+    run = train_arm(study, part, arm, seed)
+    result = {"arm": arm, "seed": seed, "arguments": arguments}
+    result |= {"revision": study.revision, "machine": machine_name(), "flops": load_model(run)[1]["flops"]}
+    if part not in LOSS_ONLY and not arm.startswith("_"):
+        count, steps = (100 if part == "growth" else 200), SOLVER_STEPS
+        if study.quick:
+            count, steps = 2, 1
+        only = LANGUAGE_SETS if part == "language" else ()
+        prompts_class = PROMPTS_OF.get(arm, Prompts)
+        result["scores"] = evaluate(
+            run, study.reader, count, steps, seed=seed, prompts_class=prompts_class, only=only
+        )
+    result["curve"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = file.with_suffix(".tmp")
-    whole.write_text(json.dumps(result | {"curve": curve}))
-    whole.replace(file)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(result))
+    new.replace(file)
     return result
 
 
-def write_gallery(runs: Path, seed, path: Path):
-    """Side by side, as on the paper's page: clips by the base, LoRA, expansion and expansion with LLM, from
-    the same noise."""
-    shown = []
+# --------------------------------------------------------------------------------------------------------
+# The command
+
+
+def write_gallery(study: Study, seed):
+    """gallery.gif: clips by the base, LoRA, expansion and expansion with an LLM, side by side, from the same
+    noise, as on the paper's page. Nothing is written unless all these arms are there."""
+    columns = []
     for arm in GALLERY:
-        model, header = load_model(place(runs, "growth", arm, seed))
-        prompts = Prompts(SHOWN, header, model.config.llm_dim)
-        shape = (len(SHOWN), 3, model.config.frames, model.config.size, model.config.size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        clips = to_uint8(solve(model, noise, prompts.batch(SHOWN), prompts.batch([NULL_PROMPT])))
-        shown.append(clips)
-    labels = [f"{arm}: {prompt}" for prompt in SHOWN for arm in GALLERY]
-    save_grid(path, np.stack(shown, 1).reshape(-1, *shown[0].shape[1:]), labels, columns=len(GALLERY))
+        result = arm_path(study.results, "growth", arm, seed)
+        run = arm_path(study.runs, "growth", arm, seed)
+        if not result.with_name(result.name + ".json").is_file() or not (run / "checkpoint").is_dir():
+            return
+        model, metadata = load_model(run)
+        prompts = Prompts(GALLERY_PROMPTS, metadata, model.config.llm_dim)
+        columns.append(to_uint8(sample_clips(model, prompts, GALLERY_PROMPTS)))
+    clips = np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])  # row by row
+    texts = [f"{arm}: {prompt}" for prompt in GALLERY_PROMPTS for arm in GALLERY]
+    save_grid(study.results / "gallery.gif", clips, texts, columns=len(GALLERY))
+
+
+def make_parser():
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        description="Test the paper's claims at toy scale; writes a JSON file per arm and seed, and a report."
+    )
+    arms = "; ".join(f"{part} ({', '.join(PARTS[part])})" for part in PARTS).replace("%", "%%")
+    add = parser.add_argument
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="questions (all)")
+    add("--arms", nargs="+", metavar="ARM", help=f"of: {arms} (all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
+    add("--results", help="folder for the JSON files and the report (results, or runs/study-quick)")
+    add("--quick", action="store_true", help="all arms in a minute or two; nothing is learned")
+    add("--report", action="store_true", help="train nothing, report what is there")
+    return parser
+
+
+def run_study(study: Study, parts, arms, seeds):
+    """Train and score what is not there yet. arms: names, or None for all."""
+    if not study.quick:
+        proof = prove(study.reader)
+        print(score_table(proof))
+        study.results.mkdir(parents=True, exist_ok=True)
+        (study.results / "reader.json").write_text(json.dumps(proof, indent=1))
+    for part in parts:
+        for seed in seeds:
+            for arm in PARTS[part]:
+                if arms is None or arm in arms:
+                    run_arm(study, part, arm, seed)
+    write_gallery(study, seeds[0])
 
 
 def main(argv=None):
-    """Run what is not there yet, then report: `python study.py`."""
-    parser = argparse.ArgumentParser(
-        description="Test the paper's claims at toy scale; writes one JSON per arm and seed, and a report."
-    )
-    parts = "; ".join(f"{part} ({', '.join(arm for arm in PARTS[part])})" for part in PARTS)
-    add = parser.add_argument
-    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="questions (all)")
-    add("--arms", nargs="+", metavar="ARM", help=f"of: {parts} (all)".replace("%", "%%"))
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
-    add("--results", help="folder for the JSON and the report (results, or runs/study-quick)")
-    add("--quick", action="store_true", help="all arms in a minute or two; nothing learned")
-    add("--report", action="store_true", help="train nothing, report what is there")
-    args = parser.parse_args(argv)
+    """Run what is not there yet, then report: `python -m lab.study`."""
+    args = make_parser().parse_args(argv)
     known = {arm for part in args.parts for arm in PARTS[part]}
-    if unknown := [arm for arm in args.arms or () if arm not in known]:
-        raise ValueError(f"no arm is called {unknown[0]!r}; see `python study.py --help`")
+    for arm in args.arms or ():
+        if arm not in known:
+            raise ValueError(f"no arm is called {arm!r}; see `python -m lab.study --help`")
     quick = "runs/study-quick" if args.quick else None
-    runs, results = Path(args.runs or quick or "runs/study"), Path(args.results or quick or "results")
+    results = Path(args.results or quick or "results")
     if not args.report:
+        runs = Path(args.runs or quick or "runs/study")
         reader = Reader().eval() if args.quick else get_reader()
-        if not args.quick:
-            print(table(proof := prove(reader)))
-            results.mkdir(parents=True, exist_ok=True)
-            (results / "reader.json").write_text(json.dumps(proof, indent=1))
-        for part in args.parts:
-            for seed in args.seeds[:1] if args.quick else args.seeds:
-                for arm in PARTS[part]:
-                    if arm in (args.arms or known):
-                        run_arm(part, arm, seed, runs, results, reader, args.quick)
-        names = [place(Path("growth"), "", arm, args.seeds[0]) for arm in GALLERY]
-        done = (results.joinpath(f"{name}.json").is_file() for name in names)
-        if all(done) and all((runs / name / "checkpoint").is_dir() for name in names):
-            write_gallery(runs, args.seeds[0], results / "gallery.gif")
-    here = Path(__file__).resolve().parent
-    readme = here / "README.md" if results.resolve() == here / "results" else None
-    print(write_report(results, PARTS, readme))
+        study = Study(runs, results, reader, find_revision(), args.quick)
+        run_study(study, args.parts, args.arms, args.seeds[:1] if args.quick else args.seeds)
+    print(write_report(results, PARTS))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
-    except (ValueError, OSError) as error:  # whatever a user can mend
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "run fewer --arms at a time, or take another machine")
