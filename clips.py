@@ -1,4 +1,4 @@
-"""Folders of real clips: captions, and a cache of pixels.
+"""A folder of real clips as a data set: captions, and a cache of pixels.
 
     my_clips/
         metadata.jsonl          {"file_name": "surf.mp4", "text": "A cat surfs ...", "text_short": "a cat"}
@@ -6,25 +6,24 @@
         walks/dog.webm          its caption may also lie beside it, in walks/dog.txt
         walks/bird/0001.png     a folder of pictures is a clip too
 
-**Captions** come from metadata.jsonl or metadata.csv in the folder ("file_name", and "text" or "caption"),
-else from a text file beside the clip, else they are the name of the folder it lies in. "text" is the detailed
-caption; a "text_short" beside it serves `--captions short`. Metadata may only name what a walk through the
-folder has found, so no path in it, absolute, upward or through a link, leads out.
+**Captions** come from metadata.jsonl or metadata.csv ("file_name", and "text" or "caption"), else from a text
+file beside the clip, else from the name of its folder. "text" is the detailed caption; "text_short" serves
+`--captions short`. Metadata can only refer to files that a walk through the folder has found: absolute paths,
+`..` and symbolic links lead nowhere.
 
-**Cache.** Every file is decoded once (video.py), in as many child processes as there are cores. Its clips are
-appended to a file of bytes, and then a line about it to a manifest, `COMMIT` files at a time: what no line
-tells of, after a kill, is cut off and decoded again. A file counts as the same while its size and time stay;
-folder, shape, rate and code have a cache each. The bytes are mapped into memory and not read: training takes
-what it needs, and what it takes again comes from the system's cache.
+**Cache.** Every file is decoded once (decode.py). Its clips are appended to clips.bin, and then a line about
+it to manifest.jsonl, `COMMIT` files at a time. After a kill, bytes that no line describes are cut off, and
+their files are decoded again. A file counts as unchanged while its size and time of change stay. Each folder,
+shape, frame rate and `CLIPS_VERSION` has its own cache. Its bytes are mapped into memory, not read.
 
-**Bad files** are skipped with their name and a reason, and so are bad lines of metadata. If they are more
-than a share (`--max-bad`) something else is wrong, and nothing is trained. The next start tries them again.
+**Bad files** and bad lines of metadata are skipped, with a name and a reason. If they are more than a share
+of all (`--max-bad`), nothing is trained. The next start tries bad files again, since the machine may be the
+reason.
 
-**Validation** is on a tenth of the files, chosen by a hash of their names: clips of one film never fall on
-both sides, and a file stays on its side whatever is added. If a folder is so small that one side is empty,
-both sides are the whole.
+**Validation** is on a tenth of the files, chosen by a hash of their names. Clips of one film never fall on
+both sides, and a file stays on its side when others are added. If one side is empty, both are the whole.
 
-Left out: buckets of several shapes, captions by a multimodal LLM (bring your own), archives, remote files.
+Left out: buckets of several shapes, captions by a multimodal LLM, archives, remote files.
 """
 
 import csv
@@ -32,9 +31,8 @@ import hashlib
 import json
 import os
 import statistics
-import threading
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -42,52 +40,54 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import video
-from draw import FPS, save_grid
-from text_encoder import cache_dir
+from decode import MAX_CLIPS, PICTURES, VIDEOS, DecodingPool
+from machine import cache_dir
+from video import FPS, save_grid
 
+CLIPS_VERSION = 1  # of decoded pixels: add one when decode.py makes other pixels of the same file
 MAX_BAD = 0.1  # share of files and lines that may be bad
-MOST_LINE = 1 << 20  # bytes of a line of metadata
-MOST_CAPTION = 2000  # characters
+MAX_LINE = 1 << 20  # bytes of a line of metadata
+MAX_CAPTION = 2000  # characters
+MAX_WAITING = 1 << 30  # bytes of decoded clips that wait in memory
 COMMIT = 64  # files between writes that survive a power cut
-CODE = Path(video.__file__).read_text("utf-8")  # other code may make other clips
 
 
 # --------------------------------------------------------------------------------------------------------
-# What is in a folder
+# Files
 
 
 def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The videos and folders of pictures below `root`, as paths from there, in order; and problems, (what,
-    why). A folder of pictures has neither videos nor folders in it. Hidden ones and links to folders are
-    passed over."""
-    found, problems = [], []
-    inside = root.resolve()
-    for folder, folders, files in os.walk(
-        root, onerror=lambda error: problems.append((error.filename, error.strerror))
-    ):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(folder)
-        names = [name for name in sorted(files) if not name.startswith(".")]
-        clips = [name for name in names if name.lower().endswith(video.VIDEOS)]
-        pictures = any(name.lower().endswith(video.PICTURES) for name in names)
-        if pictures and not clips and not folders and here != root:
-            clips = [""]
-        for name in clips:
-            path = here / name
-            shown = path.relative_to(root).as_posix()
-            if not (path.is_file() or path.is_dir()):  # a link to nothing or to itself, a pipe, ...
-                problems.append((shown, "it is not a file"))
-            elif inside not in path.resolve().parents:
-                problems.append((shown, "it is a link out of the folder"))
+    """The videos and folders of pictures below `root`, as paths relative to it, in order; and problems,
+    (what, why). Hidden files and links to folders are passed over."""
+    found, problems, errors = [], [], []
+    for folder, subfolders, files in os.walk(root, onerror=errors.append):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files = sorted(name for name in files if not name.startswith("."))
+        clips = [Path(folder, name) for name in files if name.lower().endswith(VIDEOS)]
+        pictures = [name for name in files if name.lower().endswith(PICTURES)]
+        if pictures and not clips and not subfolders and Path(folder) != root:
+            clips = [Path(folder)]
+        for clip in clips:
+            name = clip.relative_to(root).as_posix()
+            if not (clip.is_file() or clip.is_dir()):  # a link to nothing or to itself, a pipe, ...
+                problems.append((name, "it is not a file"))
+            elif root.resolve() not in clip.resolve().parents:
+                problems.append((name, "it is a link out of the folder"))
             else:
-                found.append(shown)
+                found.append(name)
+    problems += [(error.filename, error.strerror) for error in errors]
     return found, problems
 
 
-def clean(text: str) -> str:
-    """One line of at most MOST_CAPTION characters that can be written down and read by a tokenizer."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())[:MOST_CAPTION]
+def in_validation(name: str) -> bool:
+    """Whether a file belongs to the tenth that is held out."""
+    return hashlib.sha256(os.fsencode(name)).digest()[0] < 26
+
+
+def choose_evenly(items: list, count: int) -> list:
+    """`count` of the items, at equal distances; all if there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def printable(text: str) -> str:
@@ -96,87 +96,115 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+# --------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def clean(text: str) -> str:
+    """One line of at most MAX_CAPTION characters that can be written to a file and read by a tokenizer."""
+    text = text.encode("utf-8", "replace").decode()
+    return " ".join(text.split())[:MAX_CAPTION]
+
+
 def read_lines(path: Path, problems: list):
-    """(number, text) of each line of a text file; an empty text for one that is too long, or not UTF-8."""
+    """(number, text) of each line of a text file. A line that is too long, or not UTF-8, becomes an empty
+    one and a problem."""
     with path.open("rb") as file:
-        number, first = 0, b"\xef\xbb\xbf"
-        while line := file.readline(MOST_LINE):
+        number = 0
+        while line := file.readline(MAX_LINE):
             number += 1
-            if not line.endswith(b"\n") and len(line) == MOST_LINE:
-                problems.append((f"{path.name}, line {number}", f"it is longer than {MOST_LINE} bytes"))
+            where = f"{path.name}, line {number}"
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                problems.append((where, f"it is longer than {MAX_LINE} bytes"))
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(MOST_LINE)
+                    line = file.readline(MAX_LINE)
                 line = b"\n"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
             try:
-                text = line.removeprefix(first if number == 1 else b"").decode("utf-8")
+                text = line.decode("utf-8")
             except UnicodeDecodeError:
-                problems.append((f"{path.name}, line {number}", "it is not UTF-8"))
+                problems.append((where, "it is not UTF-8"))
                 text = "\n"
             yield number, text
 
 
-def read_rows(path: Path, problems: list):
-    """(number, {column: value}) of each row of metadata.jsonl or metadata.csv; what is no row is a
-    problem."""
-    if path.suffix == ".jsonl":
-        for number, line in read_lines(path, problems):
-            try:
-                if line.strip():
-                    yield number, dict(json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                problems.append((f"{path.name}, line {number}", "it is not a JSON object"))
-        return
-    rows = csv.DictReader(line for _, line in read_lines(path, problems))
+def read_jsonl(path: Path, problems: list):
+    """(number of the line, {column: value}) of each row of metadata.jsonl."""
+    for number, line in read_lines(path, problems):
+        if not line.strip():
+            continue
+        try:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            problems.append((f"{path.name}, line {number}", "it is not a JSON object"))
+            continue
+        yield number, row
+
+
+def read_csv(path: Path, problems: list):
+    """(number of the line, {column: value}) of each row of metadata.csv."""
+    rows = csv.DictReader(text for _, text in read_lines(path, problems))
     while True:
         try:
             row = next(rows)
-            yield rows.line_num, row
         except StopIteration:
             return
         except csv.Error as error:
             problems.append((f"{path.name}, line {rows.line_num}", str(error)))
+            continue
+        yield rows.line_num, row
+
+
+def read_row(row: dict, known: set[str], captions: dict) -> tuple[str, str, str]:
+    """A row of metadata -> (file, caption, short caption). Raises ValueError for a bad row."""
+    name = row.get("file_name")
+    text = row.get("text") or row.get("caption")
+    short = row.get("text_short") or text
+    if not (isinstance(name, str) and isinstance(text, str) and isinstance(short, str)):
+        raise ValueError('it has no "file_name", or no "text" or "caption", that is a text')
+    name = Path(name).as_posix()
+    if name not in known:
+        raise ValueError(f"no clip in this folder is called {name[:80]!r}")
+    if name in captions:
+        raise ValueError(f"{name[:80]!r} has a caption already")
+    if not clean(text):
+        raise ValueError("the caption is empty")
+    return name, clean(text), clean(short) or clean(text)
 
 
 def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
-    """{file: (caption, short caption)} of those in `found` that metadata tells of; and problems."""
+    """{file: (caption, short caption)} for those of `found` that metadata names; and problems."""
     captions, problems, known = {}, [], set(found)
-    for path in (root / "metadata.jsonl", root / "metadata.csv"):
+    for file_name, read_rows in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
+        path = root / file_name
         if path.is_symlink():
-            problems.append((path.name, "it is a link"))
+            problems.append((file_name, "it is a link"))
             continue
-        for number, row in read_rows(path, problems) if path.is_file() else ():
-            text = row.get("text") or row.get("caption")
-            name, short = row.get("file_name"), row.get("text_short") or text
-            if not (isinstance(name, str) and isinstance(text, str) and isinstance(short, str)):
-                reason = 'it has no "file_name", or no "text" or "caption", that is a text'
-            elif (name := Path(name).as_posix()) not in known:
-                reason = f"no clip in this folder is called {name[:80]!r}"
-            elif name in captions:
-                reason = f"{name[:80]!r} has a caption already"
-            elif not clean(text):
-                reason = "the caption is empty"
-            else:
-                captions[name] = clean(text), clean(short) or clean(text)
+        if not path.is_file():
+            continue
+        for number, row in read_rows(path, problems):
+            try:
+                name, text, short = read_row(row, known, captions)
+            except ValueError as error:
+                problems.append((f"{file_name}, line {number}", str(error)))
                 continue
-            problems.append((f"{path.name}, line {number}", reason))
+            captions[name] = text, short
     return captions, problems
 
 
 def caption_of(root: Path, name: str) -> str:
-    """The caption of a clip that no metadata tells of: the text beside it, else the name of its folder."""
+    """The caption of a clip that metadata does not name: the text beside it, else the name of its folder."""
     clip = root / name
-    beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
+    stem = clip.name if clip.is_dir() else clip.stem
+    beside = clip.with_name(f"{stem}.txt")
     if beside.is_file() and not beside.is_symlink():
         with beside.open("rb") as file:
-            if text := clean(file.read(MOST_LINE).decode("utf-8", "replace")):
-                return text
+            text = clean(file.read(MAX_LINE).decode("utf-8", "replace"))
+        if text:
+            return text
     folder = clip.resolve().parent.name
     return clean(folder.replace("_", " ").replace("-", " ")) or "a video"
-
-
-def in_validation(name: str) -> bool:
-    """Whether a file is one of the tenth that is not trained on."""
-    return hashlib.sha256(os.fsencode(name)).digest()[0] < 26
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -184,7 +212,7 @@ def in_validation(name: str) -> bool:
 
 
 def stamp(path: Path) -> list:
-    """What tells that a file, or any of a folder's, has changed."""
+    """[name, size, time of change] of a file, or of each file of a folder: it tells that one has changed."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
@@ -195,12 +223,12 @@ class Cache:
 
     def __init__(self, root: Path, frames: int, size: int, fps: float):
         self.root, self.shape = root, (frames, size, fps)
-        key = json.dumps([os.fsencode(root.resolve()).hex(), *self.shape, CODE])
+        key = json.dumps([os.fsencode(root.resolve()).hex(), *self.shape, CLIPS_VERSION])
         self.path = cache_dir() / f"clips-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         self.path.mkdir(exist_ok=True)
-        self.each = 3 * frames * size**2  # bytes of a clip
-        self.clips = 0
-        self.entries = {}  # file -> what the manifest says
+        self.clip_bytes = 3 * frames * size**2
+        self.clips = 0  # how many there are
+        self.entries = {}  # file -> its line of the manifest
 
     def pixels(self) -> torch.Tensor:
         """All clips, uint8 (n, 3, frames, size, size), mapped into memory: read when they are looked at."""
@@ -208,11 +236,28 @@ class Cache:
         shape = (self.clips, 3, frames, size, size)
         return torch.from_numpy(np.memmap(self.path / "clips.bin", np.uint8, "c", shape=shape))
 
+    def fill(self, names: list[str]) -> dict[str, str]:
+        """Decode those of `names` that are missing or have changed -> {file: why it could not be decoded}.
+        While another process fills the cache, this one waits."""
+        with (
+            filelock.FileLock(self.path / "lock"),
+            (self.path / "clips.bin").open("ab") as pixels,
+            (self.path / "manifest.jsonl").open("ab") as manifest,
+        ):
+            manifest.truncate(self.read_manifest(pixels.tell() // self.clip_bytes))
+            pixels.truncate(self.clips * self.clip_bytes)
+            stamps, new = {}, []
+            for name in names:
+                stamps[name] = stamp(self.root / name)
+                if name not in self.entries or self.entries[name]["stamp"] != stamps[name]:
+                    new.append(name)
+            return self.decode(new, stamps, pixels, manifest) if new else {}
+
     def read_manifest(self, room: int) -> int:
-        """Take up the lines of the manifest, up to one that was cut off or tells of more than `room` clips ->
-        the bytes of those taken."""
-        path, kept = self.path / "manifest.jsonl", 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        """Read the manifest up to a line that was cut off, or that describes more than `room` clips -> the
+        length of what was read, in bytes."""
+        path, length = self.path / "manifest.jsonl", 0
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
                 end = entry["first"] + entry["clips"]
@@ -220,165 +265,172 @@ class Cache:
                 break
             if end > room or not line.endswith(b"\n"):
                 break
-            self.entries[entry["file"]] = entry  # a later line is of a file that has changed
-            self.clips, kept = end, kept + len(line)
-        return kept
+            self.entries[entry["file"]] = entry  # a later line replaces that of a file that has changed
+            self.clips = end
+            length += len(line)
+        return length
 
-    def fill(self, names: list[str]) -> dict[str, str]:
-        """Decode those of `names` that are not there, or have changed -> {file: why it is not there}; those
-        are tried again another time, since the reason may be gone. Another process that fills it is waited
-        for."""
-        with (
-            filelock.FileLock(self.path / "lock"),
-            (self.path / "clips.bin").open("ab") as pixels,
-            (self.path / "manifest.jsonl").open("ab") as lines,
-        ):
-            lines.truncate(self.read_manifest(pixels.tell() // self.each))
-            pixels.truncate(self.clips * self.each)
-            stamps = {name: stamp(self.root / name) for name in names}
-            new = [n for n in names if n not in self.entries or self.entries[n]["stamp"] != stamps[n]]
-            return self.decode(new, stamps, pixels, lines)
-
-    def decode(self, names, stamps, pixels, lines) -> dict[str, str]:
-        """Decode files, and append them in this order."""
-        mine, decoders, failed, pending = threading.local(), [], {}, []
-
-        def work(name):
-            if not hasattr(mine, "decoder"):
-                mine.decoder = video.Decoder()
-                decoders.append(mine.decoder)
-            try:
-                return *mine.decoder(self.root / name, *self.shape), ""
-            except (ValueError, RuntimeError) as error:
-                return None, None, str(error)
-
-        def commit():
-            for file, text in ((pixels, ""), (lines, "".join(json.dumps(e) + "\n" for e in pending))):
-                file.write(text.encode())  # the bytes first: a line must not tell of what is not there
-                file.flush()
-                os.fsync(file.fileno())
-            self.entries |= {entry["file"]: entry for entry in pending}
-            pending.clear()
-
-        workers = min(torch.get_num_threads(), 8)
-        pool, ahead = ThreadPoolExecutor(workers), deque()
-        try:
-            bar = tqdm(total=len(names), desc="decoding clips", unit="file", disable=len(names) < 50)
-            for name in [*names, *[None] * 2 * workers]:  # a few at a time: what is done waits in memory
-                ahead.append((name, name and pool.submit(work, name)))
-                if len(ahead) <= 2 * workers or (done := ahead.popleft())[0] is None:
-                    continue
-                name, (clips, about, fault) = done[0], done[1].result()
-                bar.update()
-                if fault:
-                    failed[name] = fault
-                    continue
-                pending.append(
-                    {"file": name, "stamp": stamps[name], "first": self.clips, "clips": len(clips)}
-                )
-                pending[-1] |= about
-                pixels.write(clips.tobytes())
-                self.clips += len(clips)
-                if len(pending) == COMMIT:
-                    commit()
-            commit()
-            bar.close()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for decoder in decoders:
-                decoder.close()
+    def decode(self, names: list[str], stamps: dict, pixels, manifest) -> dict[str, str]:
+        """Decode files in groups, and append their clips in this order -> {file: why it is bad}."""
+        failed = {}
+        workers = min(torch.get_num_threads(), 8, len(names))
+        step = max(1, min(COMMIT, MAX_WAITING // (MAX_CLIPS * self.clip_bytes)))
+        bar = tqdm(total=len(names), desc="decoding clips", unit="file", disable=len(names) < 50)
+        with DecodingPool(workers, *self.shape) as pool, bar:
+            for start in range(0, len(names), step):
+                group = names[start : start + step]
+                results = pool.decode([self.root / name for name in group])
+                entries = []
+                for name, (clips, about, fault) in zip(group, results, strict=True):
+                    bar.update()
+                    if fault:
+                        failed[name] = fault
+                        continue
+                    entry = {"file": name, "stamp": stamps[name], "first": self.clips, "clips": len(clips)}
+                    entries.append(entry | about)
+                    pixels.write(clips.tobytes())
+                    self.clips += len(clips)
+                self.commit(entries, pixels, manifest)
         return failed
+
+    def commit(self, entries: list[dict], pixels, manifest):
+        """Write what was appended to the disk: the bytes first, since a line must not describe clips that are
+        not there."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        for file, content in ((pixels, b""), (manifest, lines.encode())):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries |= {entry["file"]: entry for entry in entries}
 
 
 # --------------------------------------------------------------------------------------------------------
 # The data set
 
 
-def scan(root: Path, frames: int, size: int, fps: float):
-    """All that there is to know of a folder -> its cache; {file: what the cache says of it}; {file: (caption,
-    short caption)}; and what is wrong, [(what, why)]. Raises FileNotFoundError, OSError or ValueError."""
+@dataclass
+class Scan:
+    """What is known of a folder. The order of `entries`, {file: its line of the manifest}, is that of the
+    files; `captions` is {file: (caption, short caption)}, and `problems` [(what was skipped, why)]."""
+
+    root: Path
+    cache: Cache
+    entries: dict[str, dict]
+    captions: dict[str, tuple[str, str]]
+    problems: list[tuple[str, str]]
+
+
+def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) -> Scan:
+    """Find the clips and captions of a folder, and decode what is not in the cache yet. One scan serves both
+    parts of `FolderDataset`. Raises OSError or ValueError, with one line, for what the user can mend."""
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     if min(frames, size) < 1 or not 0.01 <= fps <= 1000:
         raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
     found, problems = find_clips(root)
-    told, wrong = read_metadata(root, found)
+    named, bad_rows = read_metadata(root, found)
     cache = Cache(root, frames, size, fps)
     failed = cache.fill(found)
-    problems += [*wrong, *failed.items()]
-    entries = {name: cache.entries[name] for name in found if name not in failed}
-    captions = {name: told.get(name) or (caption_of(root, name),) * 2 for name in entries}
-    return cache, entries, captions, [(printable(what), printable(why)) for what, why in problems]
+    entries, captions = {}, {}
+    for name in found:
+        if name not in failed:
+            entries[name] = cache.entries[name]
+            captions[name] = named.get(name) or (caption_of(root, name),) * 2
+    problems = [*problems, *bad_rows, *failed.items()]
+    problems = [(printable(what), printable(why)) for what, why in problems]
+    return Scan(root, cache, entries, captions, problems)
 
 
-class Folder:
-    """The clips of a folder with captions, as `ToyWorld` has them: `part` is "train" or "validation".
-    `detail` says which caption: "short", "detailed" or "both", in turn; of more than `count` clips as many
-    are chosen, evenly. `problems` lists what was skipped, (what, why). Raises ValueError or OSError in one
-    line."""
+def check_share(scanned: Scan, max_bad: float):
+    """Raise ValueError if there are no clips, or if more than the share `max_bad` of all is bad."""
+    bad = len(scanned.problems)
+    total = bad + len(scanned.entries)
+    if bad > max_bad * total or (bad and not scanned.entries):
+        first = ": ".join(scanned.problems[0])[:300]
+        raise ValueError(
+            f"{bad} of {total} files and lines of {scanned.root} are bad, more than --max-bad {max_bad:g}; "
+            f"the first: {first}; see `python data.py --check`"
+        )
+    if not total:
+        kinds = f"no video ({' '.join(VIDEOS)}) and no folder of pictures"
+        raise ValueError(f"there are no clips in {scanned.root}: {kinds}")
 
-    def __init__(
-        self, root, part="train", frames=8, size=32, detail="detailed", fps=FPS, max_bad=MAX_BAD, count=None
-    ):
-        cache, entries, captions, self.problems = scan(Path(root), frames, size, fps)
-        bad = len(self.problems)
-        if bad and (not entries or bad > max_bad * (bad + len(entries))):
-            raise ValueError(
-                f"{bad} of {bad + len(entries)} files and lines of {root} are bad, more than --max-bad"
-                f" {max_bad:g}; the first: {': '.join(self.problems[0])[:300]}; see `python data.py --check`"
-            )
-        if not entries:
-            endings = " ".join(video.VIDEOS)
-            raise ValueError(f"there are no clips in {root}: no video ({endings}) and no folder of pictures")
+
+class FolderDataset:
+    """The clips of a folder with captions, with the interface of `ToyDataset`.
+
+    `part` is "train" or "validation". `caption_style` is "short", "detailed" or "both" (short and detailed in
+    turn). Of more than `count` clips, `count` are chosen evenly; None takes all. Clip i is `videos[rows[i]]`,
+    with `videos` uint8 (M, 3, T, H, W). Raises ValueError, with one line, as `check_share` does."""
+
+    def __init__(self, scanned: Scan, part="train", caption_style="detailed", max_bad=MAX_BAD, count=None):
+        check_share(scanned, max_bad)
+        entries = scanned.entries
         chosen = [name for name in entries if in_validation(name) == (part == "validation")]
         if len(chosen) in (0, len(entries)):
             chosen = list(entries)
         clips = [(name, i) for name in chosen for i in range(entries[name]["clips"])]
-        if count and count < len(clips):
-            clips = [clips[i * len(clips) // count] for i in range(count)]
-        brief = {"detailed": (0, 0), "short": (1, 1), "both": (1, 0)}[detail]
-        self.captions = [captions[name][brief[i % 2]] for i, (name, _) in enumerate(clips)]
-        self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
+        clips = choose_evenly(clips, count or len(clips))
+        self.problems = scanned.problems
+        self.videos = scanned.cache.pixels()
         self.rows = torch.tensor([entries[name]["first"] + i for name, i in clips])
-        self.videos = cache.pixels()
+        self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
+        first, second = {"detailed": (0, 0), "short": (1, 1), "both": (1, 0)}[caption_style]
+        self.captions = []
+        for i, (name, _) in enumerate(clips):
+            column = first if i % 2 == 0 else second
+            self.captions.append(scanned.captions[name][column])
 
     def __len__(self):
         return len(self.rows)
 
-    def batch(self, rows):
-        """Row numbers -> clips (B, 3, T, H, W) float in [-1, 1], and their captions."""
-        videos = self.videos[self.rows[torch.as_tensor(rows)]]
-        return videos.float() / 127.5 - 1, [self.captions[int(i)] for i in rows]
+    def batch(self, rows) -> torch.Tensor:
+        """Numbers of clips -> x (B, 3, T, H, W) float32 in [-1, 1], on the device of `videos`."""
+        rows = self.rows[torch.as_tensor(rows, device=self.rows.device)]
+        return self.videos[rows.to(self.videos.device)].float() / 127.5 - 1
 
 
-def check(root, out: Path, frames, size, fps):
+def check(root: Path | str, out: Path, frames: int, size: int, fps: float):
     """Print what is in a folder and what is wrong with it, and draw some of it: preview-NAME.png and .gif in
-    `out`."""
-    cache, entries, captions, problems = scan(Path(root), frames, size, fps)
-    every, notes = entries.values(), {}
-    print(f"{len(every)} files, {sum(e['clips'] for e in every)} clips of {frames} frames")
-    if entries:
-        seconds = sorted(entry["seconds"] for entry in every)
-        print(f"{sum(seconds):.1f} s are used, {seconds[0]:.2f} to {seconds[-1]:.2f} s of a file")
-        sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in every)
-        print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
-        texts = [text for text, _ in captions.values()]
-        words = statistics.median(len(text.split()) for text in texts)
-        print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
-        apart = sum(map(in_validation, entries))
-        print(f"for validation: {apart if 0 < apart < len(every) else 'all, since they are so few'}")
-    for name, entry in entries.items():
+    `out`. This is `python data.py --check DIR`."""
+    scanned = scan(root, frames, size, fps)
+    count = sum(entry["clips"] for entry in scanned.entries.values())
+    print(f"{len(scanned.entries)} files, {count} clips of {frames} frames")
+    if scanned.entries:
+        print_summary(scanned)
+    for what, why in scanned.problems:
+        print(f"skipped: {what}: {why}")
+    if not scanned.entries:
+        return
+    names = choose_evenly(list(scanned.entries), 32)
+    firsts = [scanned.entries[name]["first"] for name in names]
+    videos = scanned.cache.pixels()[firsts].permute(0, 2, 3, 4, 1).numpy()
+    labels = [scanned.captions[name][0] for name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    for ending in ("png", "gif"):
+        path = out / f"preview-{scanned.root.resolve().name}.{ending}"
+        save_grid(path, videos, labels, columns=min(len(videos), 8), fps=fps)
+        print(path)
+
+
+def print_summary(scanned: Scan):
+    """Print lengths, sizes, captions, the held-out part and the notes of a folder."""
+    entries = scanned.entries.values()
+    seconds = sorted(entry["seconds"] for entry in entries)
+    print(f"{sum(seconds):.1f} s are used, {seconds[0]:.2f} to {seconds[-1]:.2f} s of a file")
+    sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in entries)
+    print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
+    texts = [text for text, _ in scanned.captions.values()]
+    words = statistics.median(len(text.split()) for text in texts)
+    print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
+    held_out = sum(in_validation(name) for name in scanned.entries)
+    both_parts = 0 < held_out < len(entries)
+    print(f"for validation: {held_out if both_parts else 'all, since they are so few'}")
+    notes = {}
+    for name, entry in scanned.entries.items():
         for note in entry["notes"]:
             notes.setdefault(note, []).append(printable(name))
     for note, names in notes.items():
-        print(f"note: {note}: {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1))
-    for what, why in problems:
-        print(f"skipped: {what}: {why}")
-    if entries:
-        shown = [list(entries)[i * len(entries) // 32] for i in range(32)] if len(entries) > 32 else entries
-        videos = cache.pixels()[[entries[name]["first"] for name in shown]].permute(0, 2, 3, 4, 1).numpy()
-        out.mkdir(parents=True, exist_ok=True)
-        for end in ("png", "gif"):
-            path = out / f"preview-{Path(root).resolve().name}.{end}"
-            save_grid(path, videos, [captions[name][0] for name in shown], min(len(videos), 8))
-            print(path)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"note: {note}: {names[0]}{more}")

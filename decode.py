@@ -1,97 +1,100 @@
-"""One video file in, short clips of one shape out, whatever the file holds or says it holds.
+"""One video file in, short clips of one shape out. A process pool does it, since files come from strangers.
 
-**What is done.** A video is decoded by FFmpeg (PyAV), frame by frame. Its frames are on show from their time
-stamp to the next one, at whatever rate; read at `fps` times a second they are even, and a variable frame rate
-is gone. Each is turned upright, its largest square is cut out of the middle and shrunk with antialiasing (a
-pixel is the mean of what it covers), and what is transparent becomes white. As many frames as a clip has make
-a clip, the next ones another, up to `MOST_CLIPS`; a video that is too short for one clip stands still at its
-end. A folder of pictures is a video too, one frame each.
+**What is done.** FFmpeg (through PyAV) decodes a video frame by frame. A frame is on show from its time stamp
+to the next one. The video is sampled at an even rate, `fps`, so a variable frame rate disappears. Each frame
+is turned upright. Its largest centered square is cut out and downscaled with antialiasing: a pixel is the
+mean of the pixels that it covers. Transparent parts become white. The first `frames` frames make a clip, the
+next ones another, up to `MAX_CLIPS`. A video that is too short for one clip stands still at its end. A folder
+of pictures is a video too, with one frame for each picture.
 
-**What is never believed.** Files come from strangers. A header may announce a billion frames or a picture as
-large as a field, a playlist may call itself a video and name other files, and decoders are large programs in
-C. So sizes are checked before anything is decoded, only four container formats are opened, no more is read
-than is used, and all of it happens in a child process with limited memory, which may crash or hang without
-harm: `Decoder` is that child as its parent sees it, and says what became of it.
+**What is not believed.** A header may announce a billion frames, or a picture as large as a field. A playlist
+may call itself a video and name other files. Decoders are large C programs with bugs. Therefore sizes are
+checked before anything is decoded, only four container formats are opened, and no more is read than is used.
+The processes have limited memory, and a limited time for each file. One that crashes or hangs makes one bad
+file: the pool (pebble) replaces it. One that waits for work ends when its parent is gone, since its pipe is
+closed; one that hangs at that time ends by its own watchdog.
 
-The child reads one line of JSON per file and answers with one, behind which come the pixels. When it is up,
-and then between frames once a second, it sends an empty line; one that is silent for `PATIENCE` seconds is
-killed, and should its parent be dead by then, it ends by its own alarm.
-
-Left out: sound, pixels that are not square, HDR, scene cuts (a clip may span one).
+Large projects decode while they train. Here every file is decoded once, before training, and clips.py keeps
+the pixels. Left out: sound, non-square pixels, HDR, detection of scene cuts (a clip may span one).
 """
 
-import json
+import faulthandler
+import multiprocessing
 import os
 import re
-import signal
-import subprocess
 import sys
-import threading
-import time
+import types
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageOps
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-FORMATS = "mov,matroska,avi,gif"  # of FFmpeg, what files of VIDEOS may be inside
-MOST_CLIPS = 16  # of one file; the rest of a film is not used
-MOST_SIDE = 8192  # pixels
-MOST_RATE = 240  # decoded frames per second of clip, on average; more is no video
-MEMORY = 4 << 30  # bytes of address space of a child
-PATIENCE = 8  # seconds
+CONTAINERS = "mov,matroska,avi,gif"  # FFmpeg's names of the formats that files of VIDEOS may have
+MAX_CLIPS = 16  # of one file; the rest of a film is not used
+MAX_SIDE = 8192  # pixels
+MAX_MEMORY = 4 << 30  # bytes of address space of a process
 
 
-def check_side(width, height):
+# --------------------------------------------------------------------------------------------------------
+# One file
+
+
+def check_side(width: int, height: int):
     """Raise ValueError for a picture without pixels, or with too many."""
-    if not (0 < width <= MOST_SIDE and 0 < height <= MOST_SIDE):
-        raise ValueError(f"{width} x {height} pixels; a side may have 1 to {MOST_SIDE}")
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ValueError(f"{width} x {height} pixels; a side may have 1 to {MAX_SIDE}")
 
 
-def read_video(path):
-    """A video file -> (the time from which on it is shown, that at which it ends, picture) of each frame, in
-    seconds. Raises ValueError or an error of FFmpeg."""
-    # "file:", since a name such as concat:a.mp4 would be taken for instructions
-    with av.open(
-        f"file:{path}", options={"format_whitelist": FORMATS}, metadata_errors="replace"
-    ) as container:
+def read_video(path: Path):
+    """A video file -> (begin, end, frame) for each frame: it is on show from `begin` to `end`, in seconds."""
+    import av
+
+    # "file:", since FFmpeg takes a name such as concat:a.mp4 for an instruction
+    options = {"format_whitelist": CONTAINERS}
+    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
         check_side(stream.width, stream.height)
         stream.codec_context.thread_count = 1  # there is a process for every core already
-        stream.codec_context.options = {"max_pixels": str(MOST_SIDE**2)}  # a frame may be larger than it says
+        stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # a frame may be larger than it says
         rate = float(stream.average_rate or 0)
-        length = 1 / rate if 0 < rate <= MOST_RATE else 1 / 25
+        usual_length = 1 / rate if 0 < rate <= 240 else 1 / 25
         first, end = None, 0.0
         for frame in container.decode(stream):
             begin = end if frame.time is None else frame.time
             first = begin if first is None else first
-            end = begin + (
-                float(frame.duration * frame.time_base) if frame.duration and frame.time_base else length
-            )
+            length = usual_length
+            if frame.duration and frame.time_base:
+                length = float(frame.duration * frame.time_base)
+            end = begin + length
             yield begin - first, end - first, frame
 
 
-def read_folder(path, fps):
-    """A folder of pictures, in the order of the numbers in their names -> as `read_video`, one frame each.
-    Raises ValueError for a picture that is a link out of the folder."""
-    names = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
-    by_number = [([int(n) for n in re.findall(r"\d{1,18}", f.stem)], f.name, f) for f in names]
-    for i, (_, _, file) in enumerate(sorted(by_number)):
+def read_pictures(path: Path, fps: float):
+    """A folder of pictures, in the order of the numbers in their names -> like `read_video`, with 1 / fps
+    seconds for each. Raises ValueError for a link that leads out of the folder."""
+    files = []
+    for file in path.iterdir():
+        if file.suffix.lower() in PICTURES:
+            numbers = [int(digits) for digits in re.findall(r"\d{1,18}", file.stem)]
+            files.append((numbers, file.name, file))
+    for i, (_, name, file) in enumerate(sorted(files)):
         if not file.is_file() or file.resolve().parent != path.resolve():
-            raise ValueError(f"{file.name} is no file of this folder")
+            raise ValueError(f"{name} is no file of this folder")
         with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as picture:
             check_side(*picture.size)
             yield i / fps, (i + 1) / fps, ImageOps.exif_transpose(picture)
 
 
-def resample(timed, fps):
+def resample(timed, fps: float):
     """(begin, end, frame) in order, in seconds -> the frames on show at 0, 1/fps, 2/fps, ..., at least one.
-    Where time stands still or goes back a frame is not shown; where it jumps the last one stays."""
+    Where time stands still or goes back, a frame is not shown. Where it jumps, the last one stays."""
     count, shown, end = 0, None, 0.0
     for begin, until, frame in timed:
         while shown is not None and count / fps < begin - 1e-6:
@@ -103,153 +106,158 @@ def resample(timed, fps):
         count += 1
 
 
-def shrink(frame, size):
-    """A frame of FFmpeg or a picture -> uint8 (size, size, 3), and whether a part of it was transparent."""
+def shrink(frame, size: int) -> tuple[np.ndarray, bool]:
+    """A frame of FFmpeg, or a picture -> uint8 (size, size, 3), and whether a part of it was transparent."""
     turn = 0
-    if isinstance(frame, av.VideoFrame):
-        check_side(frame.width, frame.height)
-        clear = any(component.is_alpha for component in frame.format.components)
-        turn = frame.rotation
-        frame = Image.fromarray(frame.to_ndarray(format="rgba" if clear else "rgb24", threads=1))
+    if isinstance(frame, Image.Image):
+        picture = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
     else:
-        frame = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
-    left, top = ((side - min(frame.size)) / 2 for side in frame.size)
-    box = (left, top, left + min(frame.size), top + min(frame.size))
-    frame = frame.resize((size, size), Image.Resampling.BOX if min(frame.size) >= size else None, box)
-    clear = frame.mode == "RGBA" and frame.getextrema()[3][0] < 255
-    if clear:
-        frame = Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame)
-    return np.rot90(np.asarray(frame.convert("RGB")), turn // 90), clear
+        check_side(frame.width, frame.height)
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        picture = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1))
+        turn = frame.rotation
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    method = Image.Resampling.BOX if side >= size else None  # the mean; None: Pillow's default, to enlarge
+    picture = picture.resize((size, size), method, (left, top, left + side, top + side))
+    transparent = picture.mode == "RGBA" and picture.getextrema()[3][0] < 255
+    if transparent:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.rot90(np.asarray(picture.convert("RGB")), turn // 90), transparent
 
 
-def decode(path, frames, size, fps, alive=lambda: None):
-    """A video file or a folder of pictures -> clips, uint8 (n, 3, frames, size, size) with 1 <= n <=
-    MOST_CLIPS, and what there is to know: {"seconds" used, "width", "height" of the first frame, "notes"}.
-    `alive` is called after every frame. Raises ValueError, or whatever the decoder raises."""
-    path, about = Path(path), {"notes": []}
-    most = MOST_CLIPS * frames
-    limit = int(most / fps * MOST_RATE) + MOST_RATE
-
-    def bounded(timed):
-        for count, entry in enumerate(timed):
-            if count == limit:
-                raise ValueError(f"{limit} frames last less than {most / fps:g} seconds")
-            about.setdefault("width", entry[2].width)
-            about.setdefault("height", entry[2].height)
-            alive()
-            yield entry
-
-    timed = bounded(read_folder(path, fps) if path.is_dir() else read_video(path))
-    seen, last, transparent = [], None, False
+def decode(path: Path, frames: int, size: int, fps: float) -> tuple[np.ndarray, dict]:
+    """A video file or a folder of pictures -> clips, uint8 (n, 3, frames, size, size) with n from 1 to
+    MAX_CLIPS; and {"seconds" that are used, "width" and "height" of the first frame, "notes"}. Raises
+    ValueError, or whatever the decoder raises."""
+    timed = read_pictures(path, fps) if path.is_dir() else read_video(path)
+    most = MAX_CLIPS * frames
+    seen, notes, last, any_transparent = [], [], None, False
     for frame in islice(resample(timed, fps), most + 1):
-        if frame is not last:
-            small, clear = shrink(frame, size)
-            last, transparent = frame, transparent or clear
+        if last is None:
+            width, height = frame.width, frame.height
+        if frame is not last:  # else it stays on show
+            small, transparent = shrink(frame, size)
+            any_transparent = any_transparent or transparent
+            last = frame
         seen.append(small)
     timed.close()
     if not seen:
         raise ValueError("there is no frame in it")
+    used = min(len(seen) // frames * frames, most) or len(seen)
     if len(seen) > most:
-        about["notes"].append(f"only the first {most / fps:g} s are used")
-        seen.pop()
-    elif len(seen) > frames and len(seen) % frames:
-        about["notes"].append("its end, which is less than a clip, is not used")
-    about["seconds"] = (len(seen) // frames * frames or len(seen)) / fps
-    if len(seen) < frames:
-        told = "one frame" if len(seen) == 1 else f"{len(seen)} frames"
-        about["notes"].append(f"{told} at {fps:g} a second; the last one is repeated to make {frames}")
-        seen += [seen[-1]] * (frames - len(seen))
-    if transparent:
-        about["notes"].append("what is transparent is shown white")
-    if min(about["width"], about["height"]) < size:
-        about["notes"].append(f"enlarged to {size} pixels")
-    clips = np.stack(seen[: len(seen) // frames * frames])
-    return clips.reshape(-1, frames, size, size, 3).transpose(0, 4, 1, 2, 3), about
+        notes.append(f"only the first {most / fps:g} s are used")
+    elif len(seen) > used:
+        notes.append("its end, which is less than a clip, is not used")
+    elif used < frames:
+        count = "one frame" if used == 1 else f"{used} frames"
+        notes.append(f"{count} at {fps:g} a second; the last one is repeated to make {frames}")
+        seen += [seen[-1]] * (frames - used)
+    if any_transparent:
+        notes.append("what is transparent is shown white")
+    if min(width, height) < size:
+        notes.append(f"enlarged to {size} pixels")
+    clips = np.stack(seen[: max(frames, used)]).reshape(-1, frames, size, size, 3).transpose(0, 4, 1, 2, 3)
+    return clips, {"seconds": used / fps, "width": width, "height": height, "notes": notes}
 
 
-class Decoder:
-    """A child process that decodes one file after the other; made at the first one, and again after a
-    crash."""
-
-    def __init__(self):
-        self.child = None
-
-    def __call__(self, path, frames, size, fps):
-        """-> as `decode`. Raises ValueError, in one line, for a bad file, and RuntimeError if the child broke
-        down or was silent for too long, which may be the file's fault or not."""
-        if self.child is None:
-            pipe = subprocess.PIPE
-            self.child = subprocess.Popen(  # a session of its own: Ctrl-C is for the parent
-                [sys.executable, __file__], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
-                start_new_session=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            )  # fmt: skip
-        child, job = self.child, {"path": str(path), "frames": frames, "size": size, "fps": fps}
-        answer = b"\n"
-        try:
-            child.stdin.write(json.dumps(job).encode() + b"\n")
-            child.stdin.flush()
-            while answer == b"\n":
-                timer = threading.Timer(PATIENCE, child.kill)
-                timer.start()
-                answer = child.stdout.readline()
-                timer.cancel()
-            about = json.loads(answer)
-            pixels = child.stdout.read(size_of := about.pop("bytes", 0))
-            if len(pixels) < size_of:
-                raise ValueError("it broke off")
-        except (OSError, ValueError):
-            self.close()
-            raise RuntimeError(f"the decoder broke down, or was silent for {PATIENCE} s") from None
-        if "bad" in about:
-            raise ValueError(about["bad"])
-        return np.frombuffer(pixels, np.uint8).reshape(-1, 3, frames, size, size), about
-
-    def close(self):
-        """End the child."""
-        if self.child:
-            self.child.kill()
-            self.child.communicate()
-            self.child = None
+# --------------------------------------------------------------------------------------------------------
+# The process pool
 
 
-def main():
-    """The child: jobs from standard input until it ends, answers to standard output."""
+def time_limit(frames: int, fps: float) -> float:
+    """How many seconds one file may take: half a minute, and 15 s for each second of video that is decoded.
+
+    A file gives at most MAX_CLIPS clips, so its work is bounded. The limit ends a hang, which is rare, and
+    must not call a large file on a busy machine a bad one. A second of 4K video with 60 frames took 2.0 s
+    (H.264) to 7.3 s (VP9) on one busy core."""
+    return 30 + 15 * MAX_CLIPS * frames / fps
+
+
+def start_worker():
+    """A process of the pool begins: limit its memory, and silence what C libraries print."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     except (ImportError, ValueError, OSError):  # not on this system: the limits in the code remain
         pass
-    av.logging.set_level(av.logging.PANIC)
-    out, told = sys.stdout.buffer, 0.0
 
-    def alarm(seconds):  # ends the process, in the middle of a decoder too
-        if hasattr(signal, "alarm"):
-            signal.alarm(seconds)
 
-    def alive():
-        nonlocal told
-        if time.monotonic() - told > 1:
-            out.write(b"\n")
-            out.flush()
-            told = time.monotonic()
-            alarm(2 * PATIENCE)
+def decode_file(path: str, frames: int, size: int, fps: float, limit: float):
+    """What a process of the pool does with one file -> as `decode`, and ""; or None, {} and the reason why
+    the file is bad, in one line."""
+    faulthandler.dump_traceback_later(limit + 10, exit=True)  # the watchdog ends the process, in C code too
+    try:
+        return *decode(Path(path), frames, size, fps), ""
+    except Exception as error:  # with a stranger's file a decoder may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return None, {}, reason[:200]
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
-    alive()
-    for line in sys.stdin:
-        alarm(2 * PATIENCE)
+
+class DecodingPool:
+    """`workers` processes that decode files to one shape; a context manager."""
+
+    def __init__(self, workers: int, frames: int, size: int, fps: float):
+        self.workers = workers
+        self.shape = frames, size, fps
+        self.limit = time_limit(frames, fps)
+
+    def start(self):
+        import pebble  # a machine that never decodes may lack it
+
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and memory
+        self.pool = pebble.ProcessPool(self.workers, initializer=start_worker, context=spawn)
+
+    def stop(self):
+        """End all processes now, busy or not."""
+        self.pool.stop()
+        self.pool.join()
+
+    def __enter__(self):
+        self.start()
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for numpy there: threads take address space
+        # A spawned process imports its parent's main module: train.py, and with it torch, which takes seconds
+        # and much of MAX_MEMORY. An empty main module avoids that.
+        self.main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        return self
+
+    def __exit__(self, *_):
         try:
-            clips, about = decode(**json.loads(line), alive=alive)
-            pixels = clips.tobytes()
-            about["bytes"] = len(pixels)
-        except Exception as error:  # a stranger's file may make anything of a decoder raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            pixels, about = b"", {"bad": reason[:200]}
-        alarm(0)
-        out.write(json.dumps(about).encode() + b"\n")
-        out.write(pixels)
-        out.flush()
+            self.stop()
+        finally:
+            sys.modules["__main__"] = self.main
 
+    def decode(self, paths: list[Path]) -> list[tuple]:
+        """Decode files -> for each what `decode_file` returns, in order. Raises OSError if no process can run
+        here."""
+        for _ in range(3):
+            try:
+                futures = [self.schedule(path) for path in paths]
+                return [self.result(future) for future in futures]
+            except RuntimeError:  # the pool as a whole broke, which is not the fault of a known file
+                self.stop()
+                self.start()
+        raise OSError("the processes that decode videos end as soon as they start")
 
-if __name__ == "__main__":
-    main()
+    def schedule(self, path: Path) -> Future:
+        return self.pool.schedule(decode_file, (str(path), *self.shape, self.limit), timeout=self.limit)
+
+    def result(self, future: Future) -> tuple:
+        """Wait for one file. Raises RuntimeError if the pool is broken."""
+        from pebble import ProcessExpired
+
+        while not wait([future], timeout=1).done:
+            if not self.pool.active:
+                raise BrokenProcessPool("the pool ended")
+        try:
+            return future.result()
+        except TimeoutError:
+            return None, {}, f"decoding took longer than {self.limit:g} s"
+        except ProcessExpired as error:
+            return None, {}, f"the decoder crashed (exit code {error.exitcode})"
