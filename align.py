@@ -160,7 +160,7 @@ def main(argv=None):
     add("--out", default="runs/swapped", help="run directory for the result (runs/swapped)")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
-        raise ValueError(f"{args.out} exists already: name another directory with --out")
+        raise ValueError(f"{args.out} is there already: name another directory with --out")
     result = swapped(args.checkpoint, args.llm, args.llm_features)
     save_checkpoint(Path(args.out) / "checkpoint", result)
     print(f"written to {args.out}")

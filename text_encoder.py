@@ -55,7 +55,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from machine import bf16_is_fast, cache_dir, run_command
+from machine import bf16_is_fast, cache_dir, fits, run_command
 
 FEATURES_VERSION = 1  # raise it when the features of the same text change: old cache files are then ignored
 NULL_PROMPT = ""  # the prompt of the unconditional half of classifier-free guidance
@@ -310,7 +310,7 @@ def encoders_of(metadata: dict, llm_dim: int) -> list[tuple[str, str | None]]:
 
 
 class Features:
-    """The features of a fixed list of texts by one encoder, in the memory of one device."""
+    """The features of a fixed list of texts by one encoder, on one device."""
 
     def __init__(self, texts: list[str], flat: torch.Tensor, lengths: torch.Tensor):
         """flat (sum of lengths, dim) bfloat16: the tokens of all texts, one text after the other; lengths
@@ -321,14 +321,21 @@ class Features:
         self.dim, self.max_length = flat.shape[1], int(lengths.max())
 
     def to(self, device) -> "Features":
-        """Move to a device, in place."""
-        self.flat, self.lengths = self.flat.to(device), self.lengths.to(device)
-        self.starts = self.starts.to(device)
+        """Move to a device, in place. Features that are too large for it stay where they are (`resident` is
+        False then), and `gather` brings over those of a batch."""
+        self.lengths, self.starts = self.lengths.to(device), self.starts.to(device)
+        if fits(self.flat.nbytes, torch.device(device)):
+            self.flat = self.flat.to(device)
         return self
+
+    @property
+    def resident(self) -> bool:
+        """Whether the features lie on the device: then `gather` does not need the CPU."""
+        return self.flat.device == self.lengths.device
 
     def rows(self, texts: list[str]) -> torch.Tensor:
         """B texts of the list -> their row numbers (B,) int64, on the device of the features."""
-        return torch.tensor([self.row_of[text] for text in texts], device=self.flat.device)
+        return torch.tensor([self.row_of[text] for text in texts], device=self.lengths.device)
 
     def gather(self, rows: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Row numbers (B,) -> features (B, L, dim), zero where there is no token, and mask (B, L) bool. L is
@@ -340,7 +347,8 @@ class Features:
         mask = steps < lengths[:, None]  # (B, L)
         tokens = self.starts[rows][:, None] + steps
         tokens = tokens.clamp_max(len(self.flat) - 1)  # behind the last text there is no token
-        return self.flat[tokens] * mask.unsqueeze(-1), mask
+        features = self.flat[tokens.to(self.flat.device)].to(rows.device)  # (B, L, dim)
+        return features * mask.unsqueeze(-1), mask
 
 
 def truncated(encoder, texts: list[str]) -> list[str]:
@@ -425,6 +433,11 @@ class Prompts:
         for name, layers in encoders_of(metadata, llm_dim):
             self.features.append(cached_features(texts, name, layers, device=device).to(device))
         self.null = self.features[0].row_of[NULL_PROMPT]
+
+    @property
+    def resident(self) -> bool:
+        """Whether all features lie on the device: then `gather` with given lengths does not need the CPU."""
+        return all(features.resident for features in self.features)
 
     @property
     def lengths(self) -> list[int]:
