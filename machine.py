@@ -6,7 +6,14 @@ answers stand here once. Nothing in this file knows about models, videos or text
 
 **Precision.** Weights, optimizer state and EMA are float32. Matrix products run in bfloat16 under
 `torch.autocast` where the machine multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), and
-in float32 elsewhere. A CPU without these instructions was 90 times slower in bfloat16.
+in float32 elsewhere. A CPU without these instructions was 90 times slower in bfloat16. Older GPUs can train
+in float16, whose range is small: there the loss is scaled (`torch.amp.GradScaler`, train.py).
+
+**Where data lies.** A data set is a large tensor of bytes. `RowStore` keeps it on the training device if it
+fits, and fetches rows ahead of their step if it does not, so that the device never waits for the CPU.
+
+**Launches.** A step of a small model is a thousand small kernels, and launching them takes longer than
+running them. `GraphedStep` records them once as a CUDA graph and launches that.
 
 **Errors.** ValueError and OSError are errors of the user: a wrong option, a missing file. `run_command`
 prints them as one line and ends with status 2. Everything else is a bug and keeps its traceback.
@@ -16,9 +23,14 @@ Left out: logging levels, configuration files, environment switches other than M
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESIDENT_SHARE = 0.4  # of a GPU's memory that a data set may take
+WARMUP_CALLS = 3  # of a step before it is recorded: libraries allocate and tune at first calls
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,16 +55,100 @@ def bf16_is_fast(device_type: str) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """ "auto", "bf16" or "fp32" -> the type of matrix products under `autocast`. "auto" is bfloat16 where the
-    machine multiplies it fast. None means float32 throughout."""
+    """ "auto" or a name of PRECISIONS -> the type of matrix products under `autocast`; None means float32
+    throughout. "auto" is bfloat16 where the machine multiplies it fast."""
     if name == "auto":
         name = "bf16" if bf16_is_fast(device.type) else "fp32"
-    return torch.bfloat16 if name == "bf16" else None
+    return PRECISIONS[name]
 
 
 def autocast(device: torch.device, precision: torch.dtype | None):
     """The context in which a model runs: matrix products in `precision`; None: everything in float32."""
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether a data set of `size` bytes may lie on the device: it leaves room for the model."""
+    if device.type != "cuda":
+        return True
+    return size < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[1]
+
+
+class RowStore:
+    """Rows of a large tensor, on the training device.
+
+    tensor (M, ...), on any device or memory-mapped; rows: LongTensor (N,) on the CPU, row i of the store is
+    tensor[rows[i]].
+    """
+
+    def __init__(self, tensor: torch.Tensor, rows: torch.Tensor, device: torch.device):
+        self.tensor, self.rows, self.device = tensor, rows, device
+        self.pool, self.ahead = None, {}
+        if device.type == "cpu" or tensor.device == device:
+            return
+        if fits(len(rows) * tensor[0].nbytes, device):
+            self.tensor, self.rows = tensor[rows].to(device), torch.arange(len(rows))
+        else:
+            self.pool = ThreadPoolExecutor(1)  # one reader of a file is as fast as several
+
+    def pinned(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the store in memory that the device can read while it computes."""
+        return self.tensor[self.rows[index]].pin_memory()
+
+    def take(self, index: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+        """Rows `index` (B,) of the store -> (B, ...) on the device. Rows `ahead`, those of the next call, are
+        read meanwhile if the store does not lie on the device."""
+        if self.pool is None:
+            return self.tensor[to_device(self.rows[index], self.tensor.device)].to(self.device)
+        ready = self.ahead.pop(tuple(index.tolist()), None)
+        batch = ready.result() if ready else self.pinned(index)
+        self.ahead[tuple(ahead.tolist())] = self.pool.submit(self.pinned, ahead)
+        return batch.to(self.device, non_blocking=True)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU -> the same on the device, without waiting for the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class GraphedStep:
+    """A function of tensors that changes state in place (weights, optimizer), as one CUDA graph.
+
+    The first WARMUP_CALLS calls run it as it is. The next one records it: from then on every call copies its
+    inputs into the recorded ones and replays the kernels, which gives the same numbers with one launch.
+    Shapes must not change. Everything runs in a stream of its own, which recording demands.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, *inputs):
+        """Tensors -> what the function returns, one tensor."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            output = self.run(inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return output
+
+    def run(self, inputs):
+        """The call itself, in the stream."""
+        self.calls += 1
+        if self.calls <= WARMUP_CALLS:
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.output = self.function(*self.inputs)
+        for recorded, tensor in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(tensor)
+        self.graph.replay()
+        return self.output.clone()
 
 
 def cache_dir() -> Path:

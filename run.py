@@ -340,9 +340,11 @@ class Run:
         self.records: list[dict] = []  # the lines of metrics.jsonl
         self.losses: list[torch.Tensor] = []  # of the steps since the last line, on the training device
         self.step = 0  # steps done
+        self.total = math.inf  # steps to do; --minutes fixes it after the first ones
         self.stopped = False
         self.started = time.perf_counter()
         self.last_log = 0, 0.0  # step and seconds
+        self.pause_seconds = 0.0  # what the last validation took
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -391,6 +393,7 @@ class Run:
     def begin(self, args: dict, trainer_state: dict):
         """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped."""
         self.step = trainer_state["step"]
+        self.total = args["steps"] or trainer_state.get("total", math.inf)
         self.started -= trainer_state["seconds"]
         self.losses = [torch.tensor(loss) for loss in trainer_state.get("losses", ())]
         self.last_log = self.step, self.seconds()
@@ -408,12 +411,16 @@ class Run:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(self.records[-1]) + "\n")
 
-    def steps(self, total):
-        """Step numbers from the present one on, with a progress bar, until `total()` steps are done or the
-        run is asked to stop. `total` is a function, since --minutes fixes it during the run."""
+    def validated(self) -> bool:
+        """Whether the present step has been validated."""
+        return any(record["step"] == self.step and "val_loss" in record for record in self.records)
+
+    def steps(self):
+        """Step numbers from the present one on, with a progress bar, until `total` steps are done or the run
+        is asked to stop."""
         with tqdm(desc="training", initial=self.step, unit="step", disable=not self.writer) as self.bar:
-            while self.step < total() and not self.agree(self.stopped):
-                self.bar.total = None if total() == math.inf else total()
+            while self.step < self.total and not self.agree(self.stopped):
+                self.bar.total = None if self.total == math.inf else self.total
                 yield self.step
 
     def log(self, loss: torch.Tensor, batch: int, **numbers):
@@ -444,9 +451,11 @@ class Run:
                 raise Diverged(self.step - len(losses) + i, loss)
         return losses
 
-    def pause(self):
-        """Do not count the time since the last line of metrics as training."""
-        self.last_log = self.step, self.seconds()
+    def pause(self, seconds: float):
+        """Do not count the last `seconds` as training in the speed."""
+        self.pause_seconds = seconds
+        step, begin = self.last_log
+        self.last_log = step, begin + seconds
 
     def save(self, checkpoint: Checkpoint):
         """Write the checkpoint, and the picture of the losses."""
@@ -458,6 +467,18 @@ class Run:
         """Draw loss.png; `times` are the timesteps that the validation losses by timestep stand for."""
         if self.writer and any("loss" in record for record in self.records):
             plot_losses(self.folder / "loss.png", self.records, times)
+
+    def summary(self) -> str:
+        """What a run has come to."""
+        if self.stopped:
+            where = f"step {self.step} of {self.total}"
+            return f"{self.folder}: stopped and saved at {where}; continue with --resume"
+        last = next(record for record in reversed(self.records) if "val_loss" in record)
+        line = f"{self.folder}: {self.step} steps, {self.seconds() / 60:.1f} minutes"
+        line += f", validation loss {last['val_loss']:.4f}"
+        if "old_val_loss" in last:
+            line += f", on the old data {last['old_val_loss']:.4f}"
+        return line
 
 
 def plot_losses(path: Path, records: list[dict], times):

@@ -1,134 +1,142 @@
-"""From a prompt to a video file: solve the ODE of rectified flow.
+"""From a prompt to a video file: `python sample.py "a cat surfing"`.
 
-Training (train.py) draws a straight line from noise to each clip, x_t = t x + (1 - t) noise, and the model
-learns to predict the clean clip x from a point on it. The direction of the line is then
+The prompt goes through the text encoders of the model (text_encoder.py), the solver follows the flow from
+noise to a clip (flow.py), and the clip is written as MP4 and GIF (video.py). Which model: `--from`, or the
+newest run below runs/, or else the one that comes with the repository.
 
-    v(x_t, t) = (x_predicted - x_t) / (1 - t)
+**Re-captions** (`--recaption`). The LLM of a grown model reads the prompt and after it a longer version that
+it was asked to write (ModelGrow, figure 2; recaption.py); the small encoder reads the prompt alone. What the
+LLM read lies beside the video, as a text file.
 
-and a video is made by following v from pure noise at t = 0 to t = 1. The lines of many clips cross, so the
-path that v describes bends, and it takes some steps: `euler` follows the tangent, `heun` averages the
-tangents at both ends of a step, which costs two evaluations and has an error of second order. The last step
-is always Euler's, and lands exactly on the predicted clip, so that nothing is ever divided by zero.
-
-**The last step begins at t = 0.75**, the others divide the time before it evenly. Later times are hardly ever
-drawn in training (flow.py), and at some of them a model errs: with steps that divide all of the time, the
-model that comes with the repository drew 0.66 of 100 seen prompts right in six of them and 0.98 in ten, since
-the last of six begins at t = 0.83; with these it is 1.00 and 0.99.
-
-**Guidance** (classifier-free, arXiv 2207.12598). The model was also trained with the null prompt, so it knows
-what clips look like in general; moving away from that, x = x_null + guidance (x_prompt - x_null), sharpens
-what the prompt adds. Guidance 1 means none. Within the `interval` of times only (arXiv 2404.07724): near t =
-0 guidance takes variety away, near t = 1 it does nothing but cost time.
-
-**Re-captions** (`--recaption`). The LLM of a grown model reads the prompt and behind it a longer one that it
-was asked to write (ModelGrow, figure 2; text_encoder.py); the small encoder reads the prompt alone. What was
-read lies beside the video, as a text file.
-
-Left out: distilled and adaptive solvers, negative prompts, and image conditioning.
+Left out: image conditioning, several aspect ratios, a server.
 """
 
 import time
 
-START = time.perf_counter()  # the clock runs during the imports, which take seconds
+START = time.perf_counter()  # the clock includes the imports, which take seconds
 
 import argparse
-import math
 import re
-import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-import imageio.v3 as iio
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
-from dit import check_shape
-from draw import FPS
-from text_encoder import NULL_PROMPT, bf16_is_fast, encode, encoders, make_encoder
+from attention import BACKENDS
+from dit import check_shape, set_attention
+from flow import GUIDANCE, GUIDANCE_INTERVAL, STEPS, solve
+from machine import autocast, pick_device, pick_precision, run_command
+from recaption import recaption
+from run import load_model, newest_checkpoint
+from text_encoder import NULL_PROMPT, cached_features, encoders_of, make_encoder
+from video import to_uint8, write_video
 
-STEPS, GUIDANCE, INTERVAL, LAST = 10, 3.0, (0.0, 0.6), 0.75
-
-
-@torch.no_grad()
-def solve(
-    model, noise, prompt, null, steps=STEPS, guidance=GUIDANCE,
-    interval=INTERVAL, method="heun", progress=None, last=LAST,
-):  # fmt: skip
-    """Follow the flow from noise to clips.
-
-    noise (B, 3, T, H, W) standard normal; prompt, features (B, L, D) and mask (B, L) of each text encoder in
-    turn; null, the same for the null prompt, (1, L', D) with L' <= L; `guidance` is applied where
-    interval[0] <= t <= interval[1]; `method` is "heun" or "euler"; `progress` is called after every step; the
-    last step begins at time `last` -> clips (B, 3, T, H, W), about in [-1, 1].
-    """
-    if method not in ("heun", "euler"):
-        raise ValueError(f"no solver is called {method!r}; there are heun and euler")
-    B = len(noise)
-    both = [torch.cat([full, torch.zeros_like(full)]) for full in prompt]
-    for full, empty in zip(both, null, strict=True):
-        full[B:, : empty.shape[1]] = empty
-
-    def velocity(x, t):
-        times = x.new_full((B,), t)
-        if guidance == 1 or not interval[0] <= t <= interval[1]:
-            clean = model(x, times, *prompt)
-        else:  # the prompt and the null prompt in one batch
-            prompted, unprompted = model(torch.cat([x, x]), torch.cat([times, times]), *both).chunk(2)
-            clean = unprompted + guidance * (prompted - unprompted)
-        return (clean.float() - x) / (1 - t)
-
-    stops = [last * i / max(1, steps - 1) for i in range(steps)] + [1.0]
-    x = noise
-    for i in range(steps):
-        t, t_next = stops[i], stops[i + 1]
-        v = velocity(x, t)
-        if method == "heun" and i < steps - 1:
-            v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
-        x = x + (t_next - t) * v
-        if progress:
-            progress()
-    return x
+BATCH = 16  # clips that are drawn at the same time
 
 
-def to_uint8(video):
-    """(..., 3, T, H, W) in [-1, 1] -> uint8 (..., T, H, W, 3), what image libraries want."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu().numpy()
-
-
-def newest_checkpoint(root: Path = Path("runs")) -> Path:
-    """The checkpoint written last in any run below `root`, else pretrained/. Raises FileNotFoundError if
-    there is none."""
-    files = [*root.glob("*/checkpoint/model.safetensors"), *root.glob("*/checkpoint.old/model.safetensors")]
-    if files:
-        return max(files, key=lambda f: f.stat().st_mtime).parent
-    if Path("pretrained/model.safetensors").is_file():
-        return Path("pretrained")
-    raise FileNotFoundError(
-        "there is no trained model yet: run `python train.py` first, or name one with --from"
+def parse_arguments(argv=None):
+    """The command line -> its options. Raises ValueError for numbers out of range."""
+    parser = argparse.ArgumentParser(description="Make a video of a prompt; writes an MP4 and a GIF.")
+    add = parser.add_argument
+    add("prompt", nargs="?", help='what to show, such as "a cat surfing"')
+    add("--prompts", help="a text file with a prompt per line, instead of the one prompt")
+    add("--from", dest="source", help="run or checkpoint (the newest run, else pretrained/)")
+    add(
+        "--recaption", action="store_true", help="let the model's LLM rewrite the prompt in more detail (off)"
     )
-
-
-def write_video(path: Path, frames, fps=FPS):
-    """uint8 frames (T, H, W, 3) -> `path`.mp4 and `path`.gif, enlarged by a whole factor to at least 256
-    pixels. Both are written under other names and renamed, so that a file is whole or absent."""
-    factor = max(1, math.ceil(256 / frames.shape[1]))
-    frames = frames.repeat(factor, 1).repeat(factor, 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mp4, gif = (path.parent / f".{path.name}.{end}" for end in ("mp4", "gif"))
-    # A clip of a second plays four times, since many players stop at the end of a file.
-    iio.imwrite(
-        mp4,
-        np.tile(frames, (4, 1, 1, 1)),
-        plugin="pyav",
-        codec="libx264",
-        fps=fps,
-        out_pixel_format="yuv420p",
+    add("--out", default="samples", help="folder for the videos (samples)")
+    add("--num", type=int, default=1, help="videos per prompt (1)")
+    add("--seed", type=int, default=0, help="another seed gives other videos (0)")
+    add("--frames", type=int, help="frames (as many as the model was trained on)")
+    add("--size", type=int, help="pixels per side (as many as the model was trained on)")
+    add("--steps", type=int, default=STEPS, help=f"steps of the solver ({STEPS})")
+    add("--method", default="heun", choices=("heun", "euler"), help="solver (heun)")
+    add(
+        "--guidance", type=float, default=GUIDANCE, help=f"classifier-free guidance; 1 is none ({GUIDANCE:g})"
     )
-    iio.imwrite(gif, frames, plugin="pillow", duration=1000 / fps, loop=0)
-    mp4.replace(path.parent / f"{path.name}.mp4")
-    gif.replace(path.parent / f"{path.name}.gif")
+    add(
+        "--interval", type=float, nargs=2, default=GUIDANCE_INTERVAL, metavar=("FROM", "TO"),
+        help="timesteps at which guidance acts; 0 is noise, 1 the clip (0 0.6)",
+    )  # fmt: skip
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, mps, ... (auto)")
+    add("--attention", default="auto", choices=BACKENDS, help="backend of attention.py (auto)")
+    args = parser.parse_args(argv)
+    for name in ("num", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError('give one prompt, as in `python sample.py "a cat surfing"`, or --prompts FILE')
+    return args
+
+
+def read_prompts(args) -> list[str]:
+    """The prompts of the command line or of its file, without empty lines. Raises ValueError if there is
+    none."""
+    lines = [args.prompt]
+    if args.prompts is not None:
+        lines = Path(args.prompts).read_text("utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("the prompt is empty" if args.prompts is None else f"{args.prompts} has no prompt")
+    return prompts
+
+
+def recaptioned(llm, prompts: list[str]) -> list[str]:
+    """Each prompt with the LLM's re-caption after it, or if none is faithful, the prompt alone."""
+    texts = []
+    for prompt in tqdm(prompts, "re-captioning"):
+        reply, reason = recaption(llm, prompt)
+        tqdm.write(f"re-caption: {reply}" if reply else f"{prompt[:60]!r} is used as it is: {reason}")
+        texts.append(f"{prompt}. {reply}" if reply else prompt)
+    return texts
+
+
+class Conditions(NamedTuple):
+    """What the model is told."""
+
+    prompt: list[torch.Tensor]  # features (B, L, D) and mask (B, L) of each text encoder
+    null: list[torch.Tensor]  # of the null prompt, (1, L', D) and (1, L')
+    llm_texts: list[str]  # what the LLM read: the prompts, perhaps with re-captions
+
+
+def read_with_encoders(prompts, metadata, llm_dim, recaptioning, device) -> Conditions:
+    """The features of all prompts by all encoders of the model."""
+    texts, prompt, null = prompts, [], []
+    for name, layers in encoders_of(metadata, llm_dim):
+        encoder = None  # not needed for texts that were read before
+        if recaptioning and layers:
+            encoder = make_encoder(name, layers, device)
+            texts = recaptioned(encoder, prompts)
+        features = cached_features(texts, name, layers, encoder, device).to(device)
+        prompt += features.gather(features.rows(texts))
+        null += features.gather(features.rows([NULL_PROMPT]))
+    return Conditions(prompt, null, texts)
+
+
+def initial_noise(seed: int, number: int, shape) -> torch.Tensor:
+    """The noise of video `number` of any prompt: --num 4 begins with the videos of --num 2."""
+    generator = torch.Generator().manual_seed((seed * 100_003 + number) % 2**63)
+    return torch.randn(shape, generator=generator)
+
+
+def draw(model, conditions: Conditions, args, shape, device):
+    """All videos -> (row of the prompt, uint8 (T, H, W, 3)) one after the other."""
+    jobs = [(row, number) for row in range(len(conditions.prompt[0])) for number in range(args.num)]
+    batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
+    precision = pick_precision("auto", device)
+    with tqdm(total=args.steps * len(batches), desc="sampling", unit="step") as bar:
+        for batch in batches:
+            rows = torch.tensor([row for row, _ in batch], device=device)
+            noise = torch.stack([initial_noise(args.seed, number, shape) for _, number in batch]).to(device)
+            prompt = [tensor[rows] for tensor in conditions.prompt]
+            with autocast(device, precision):
+                clips = solve(
+                    model, noise, prompt, conditions.null, args.steps, args.guidance, args.interval,
+                    args.method, bar.update,
+                )  # fmt: skip
+            for (row, _), frames in zip(batch, to_uint8(clips), strict=True):
+                yield row, frames
 
 
 def file_name(prompt: str) -> str:
@@ -137,162 +145,47 @@ def file_name(prompt: str) -> str:
     return name[:80].decode(errors="ignore") or "video"
 
 
-def pick_device(name):
-    """ "auto" -> the GPU if there is one, else the CPU. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where Triton launches its kernels
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
-
-
-def pick_precision(name, device):
-    """ "auto" -> bfloat16 where the machine multiplies it faster than float32, else None, which is float32
-    throughout."""
-    if name == "auto":
-        name = "bf16" if bf16_is_fast(device.type) else "fp32"
-    return torch.bfloat16 if name == "bf16" else None
-
-
-def out_of_memory(error) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU."""
-    said = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
-
-
-def autocast(device, precision):
-    """The context in which a model runs: matrix products in `precision`, or all in float32 if that is
-    None."""
-    return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
-
-
-def parse_arguments(argv=None):
-    """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(description="Make a video of a prompt; writes an MP4 and a GIF.")
-    parser.add_argument("prompt", nargs="?", help='what to show, such as "a cat surfing"')
-    parser.add_argument("--prompts", help="a text file with a prompt per line, instead of the one prompt")
-    parser.add_argument("--from", dest="source", help="run or checkpoint; the newest run, else pretrained/")
-    parser.add_argument(
-        "--recaption", action="store_true",
-        help="let the model's LLM rewrite the prompt in more detail first, and read that too (off)",
-    )  # fmt: skip
-    parser.add_argument("--out", default="samples", help="folder for the videos (samples)")
-    parser.add_argument("--num", type=int, default=1, help="videos per prompt (1)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other videos (0)")
-    parser.add_argument("--frames", type=int, help="frames; as many as the model was trained on")
-    parser.add_argument("--size", type=int, help="pixels per side; as many as the model was trained on")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of the solver ({STEPS})")
-    parser.add_argument("--method", default="heun", choices=("heun", "euler"), help="solver (heun)")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help=f"1 is none ({GUIDANCE:g})")
-    parser.add_argument(
-        "--interval", type=float, nargs=2, default=INTERVAL, metavar=("FROM", "TO"),
-        help="times at which guidance acts; 0 is noise, 1 the clip (0 0.6)",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
-    return parser.parse_args(argv)
-
-
-def read_prompts(args) -> list[str]:
-    """The prompts of the command line or of its file, without empty lines."""
-    if (args.prompt is None) == (args.prompts is None):
-        raise ValueError(
-            'give either one prompt, as in `python sample.py "a cat surfing"`, or --prompts FILE'
-        )
-    lines = [args.prompt] if args.prompts is None else Path(args.prompts).read_text("utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(
-            "the prompt is empty" if args.prompts is None else f"there is no prompt in {args.prompts}"
-        )
-    return prompts
-
-
-def recaptioned(llm, prompt: str) -> str:
-    """The prompt with the LLM's re-caption behind it, or if that is of no use the prompt, and a line about
-    it."""
-    reply, reason = llm.recaption(prompt)
-    tqdm.write(f"re-caption: {reply}" if reply else f"{prompt[:60]!r} is used as it is: {reason}")
-    return f"{prompt}. {reply}" if reply else prompt
+def unused_name(name: str, used: set[str]) -> str:
+    """`name`, or NAME-2, NAME-3, ..., the first that is not in `used`: no video of a call overwrites
+    another."""
+    candidate, number = name, 1
+    while candidate in used:
+        number += 1
+        candidate = f"{name}-{number}"
+    used.add(candidate)
+    return candidate
 
 
 def main(argv=None):
     """Make videos: `python sample.py "a cat surfing"`."""
-    clock = [("imports", time.perf_counter() - START)]
-    lap = lambda name: clock.append((name, time.perf_counter() - START - sum(s for _, s in clock)))  # noqa: E731
     args = parse_arguments(argv)
     prompts = read_prompts(args)
-    for name in ("num", "steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     device = pick_device(args.device)
-    model, header = load_model(args.source or newest_checkpoint())
-    model.to(device)
+    source = args.source or newest_checkpoint()
+    model, metadata = load_model(source)
+    print(f"model: {source}")
     frames = model.config.frames if args.frames is None else args.frames
     size = model.config.size if args.size is None else args.size
     check_shape(model.config, frames, size)
     if args.recaption and not model.config.llm_dim:
         raise ValueError("--recaption needs a model that reads with an LLM: train.py --grow llm makes one")
+    set_attention(model.to(device), args.attention)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    lap("model")
-
-    prompt, null = [], []  # features and mask of each encoder
-    texts = prompts
-    for name, layers in encoders(header, model.config.llm_dim):
-        encoder = None  # not needed for texts that it has read before
-        if args.recaption and layers:
-            encoder = make_encoder(name, layers)
-            texts = [recaptioned(encoder, text) for text in tqdm(prompts, "re-captioning")]
-        features = encode(texts, name, layers, encoder)
-        prompt += features.batch(texts)
-        null += features.batch([NULL_PROMPT])
-    lap("text")
-
-    def draw(seed, number):  # by number, so that --num 4 begins with the videos of --num 2
-        generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        return torch.randn(3, frames, size, size, generator=generator)
-
-    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(args.num)]
-    written = []
-    with tqdm(total=args.steps * math.ceil(len(jobs) / 16), desc="sampling", unit="step") as bar:
-        for start in range(0, len(jobs), 16):
-            rows = torch.tensor([prompt for prompt, _ in jobs[start : start + 16]])
-            noise = torch.stack([draw(args.seed, number) for _, number in jobs[start : start + 16]])
-            given, empty = [v[rows].to(device) for v in prompt], [v.to(device) for v in null]
-            how = args.steps, args.guidance, args.interval, args.method, bar.update
-            with autocast(device, pick_precision("auto", device)):
-                clips = solve(model, noise.to(device), given, empty, *how)
-            written += list(to_uint8(clips))
-    lap("sampling")
-    used = Counter()
-    for (row, _), frames_of_clip in zip(jobs, written, strict=True):
-        name = file_name(prompts[row])
-        used[name] += 1  # a second video of one name is name-2, and none is lost
-        path = out / (name if used[name] == 1 else f"{name}-{used[name]}")
-        write_video(path, frames_of_clip, header["fps"])
-        beside = path.with_name(f"{path.name}.recaption.txt")
-        beside.unlink(missing_ok=True)  # of an earlier video of this name
+    conditions = read_with_encoders(prompts, metadata, model.config.llm_dim, args.recaption, device)
+    read = time.perf_counter() - START
+    used: set[str] = set()
+    for row, clip in draw(model, conditions, args, (3, frames, size, size), device):
+        path = out / unused_name(file_name(prompts[row]), used)
+        files = write_video(path, clip, metadata["fps"])
+        recaption_file = path.with_name(f"{path.name}.recaption.txt")
+        recaption_file.unlink(missing_ok=True)  # of an earlier video of this name
         if args.recaption:
-            beside.write_text(texts[row] + "\n", "utf-8")
-        print(f"{path}.mp4  {path}.gif")
-    lap("files")
-    clock.append(("in all", sum(seconds for _, seconds in clock)))
-    print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock))
+            recaption_file.write_text(conditions.llm_texts[row] + "\n", "utf-8")
+        tqdm.write("  ".join(map(str, files)))
+    total = time.perf_counter() - START
+    print(f"{total:.1f} s: {read:.1f} s until the prompt was read, {total - read:.1f} s to draw and write")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # whatever a user can mend
-        if out_of_memory(error):
-            error = "out of memory: lower --num, --size or --frames"
-        elif not isinstance(error, (ValueError, OSError)):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "lower --num, --size or --frames")

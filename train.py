@@ -1,449 +1,432 @@
-"""The training loop: from noise, or from a run that goes on, to a run.
+"""The training loop: from noise, or from a trained model that continues, to a run.
 
-**What is learned** is rectified flow (flow.py). One caption in ten is replaced by the null prompt, which
-sample.py needs for guidance. A model that reads with an LLM as well gets others from the LLM alone
-(`HIDDEN`): what the small encoder has explained already, nothing would make it look up in the new branch.
+**The loop.** Rectified flow (flow.py) with AdamW (without weight decay, so Adam); a learning-rate schedule of
+warmup, stable and decay (a plateau can be continued or grown from, a cosine cannot); gradients clipped to
+norm 1; an exponential moving average (EMA) of the weights, which is what is sampled, evaluated and grown;
+matrix products in bfloat16 where the machine is fast at them.
 
-**The loop.** AdamW; a learning rate that warms up, stays, and decays to zero at the end (a plateau can be
-continued or grown from, a cosine cannot); gradients clipped; an exponential moving average (EMA) of the
-weights, which is what is sampled, evaluated and grown; bfloat16 matrix products where the machine is fast at
-them.
+**Captions are dropped.** One in ten is replaced by the null prompt, which classifier-free guidance needs. A
+model with an LLM branch loses half of the captions in the small text encoder alone (--drop-text): if MiniLM
+already explains a caption, the new branch gets almost no gradient and its gate stays closed.
 
-**Nothing is random but by number.** The batch, the noise, the times and the dropped captions of a step are
-functions of (seed, step) alone. There is no generator state to save: a run that was killed and resumed draws
-what it would have drawn.
+**Randomness by number.** The rows, timesteps, noise and dropped captions of a step are functions of (seed,
+step) alone, drawn on the training device. There is no generator state to save: a run that was killed and
+resumed draws what it would have drawn.
 
-**Going on from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and AdamW moments along
-and counts its steps. The learning rate starts where that run left it: one that had decayed warms up again,
-one that was stopped on its plateau goes on as if nothing had happened. What is frozen (`--tune new`, the rule
-of LLaMA-Pro; `--tune lora`) keeps its EMA weights, as nothing will average it any more. If that run learned
-from another set of the toy world, or other captions, the loss on those is watched too: what is forgotten. (A
-folder that its header names is not opened: a checkpoint may come from anywhere.)
+**Nothing waits for the CPU.** Clips (bytes) and caption features lie on the training device if they fit. The
+loop looks at a loss every tenth step only. On a CUDA GPU the step is recorded as a CUDA graph (machine.py).
 
-**A run** is a directory: checkpoint/ (see checkpoint.py), metrics.jsonl, loss.png, samples/step_N.gif,
-args.json. One training runs in it at a time. It may be killed at any moment, and `--resume` goes on from the
-last checkpoint to the same bits as if nothing had happened; asked to stop (Ctrl-C, SIGTERM) it finishes its
-step and saves. Where a loss or a gradient is not finite it stops, and names the clips of that step.
+**Continuing from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and optimizer state
+along and counts its steps. The learning rate starts where that run ended: one that had decayed is warmed up
+again, one on its plateau continues. Frozen weights (`--tune new`, LLaMA-Pro's rule; `--tune lora`) are set to
+their EMA values, because they will no longer be averaged. If the base learned from other data of the toy
+world, the loss on those is watched too: what is forgotten.
 
-**Several processes** (parallel.py) share a batch; `--accumulate` cuts it into parts, whose gradients are
-summed, and `--checkpoint-activations` computes the insides of a block again when their gradients are needed:
-two ways to pay for memory with time, the losses stay the same.
+**Memory.** `--accumulate` cuts a batch into parts whose gradients are summed, `--checkpoint-activations`
+computes the insides of a block again in the backward pass, `--shard` cuts the model (parallel.py).
 
-Differences from big trainers: no configuration files, no logger but a file of JSON lines.
+Differences from big trainers: no configuration files, no logger but a file of JSON lines (run.py).
 """
 
-import copy
-import hashlib
+import argparse
 import json
 import math
-import signal
-import sys
-import threading
-import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-import filelock
 import torch
-from tqdm import tqdm
 
 import parallel
-from align import align
-from arguments import HIDDEN, parse_arguments
-from checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_model,
-    plot_losses,
-    save_checkpoint,
-    settle,
-    tree,
-    write_whole,
-)
-from data import PROMPTS, SETS, open_clips
-from dit import PRESETS, DiT, count_flops
-from draw import FPS, save_grid
-from flow import T_BINS, flow_loss, time_of, validation_loss
-from grow import grow_state
-from parallel import RANK
-from sample import autocast, out_of_memory, pick_device, pick_precision, solve, to_uint8
-from text_encoder import NULL_PROMPT, Prompts, encode
+from attention import BACKENDS
+from clips import MAX_BAD
+from data import SETS
+from dit import PRESETS
+from flow import flow_loss, logit_normal
+from grow import ZEROS
+from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
+from run import LOG_EVERY, Diverged, Run, newest_checkpoint
+from start import Training, set_up
+from text_encoder import LLM_LAYERS, Prompts
+from validate import compare_with_base, save, validate_and_save
 
-START = time.perf_counter()  # of the process: --minutes means minutes
-DIVERGED = "the last checkpoint is kept; a new run, or one --from it, needs a lower --lr"
-DROP = 0.1  # share of captions replaced by the null prompt, for guidance
-LOG_EVERY = 10  # steps per line of metrics.jsonl
+CFG_DROPOUT = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
+CLIP_NORM = 1.0  # largest norm of the gradient
+TIMED_STEPS = 3 * LOG_EVERY  # after which --minutes fixes the number of steps
+MEMORY_HINT = (
+    "lower --batch or raise --accumulate, give --checkpoint-activations, or take a smaller --preset, --size or"
+    " --frames"
+)
 
 # --------------------------------------------------------------------------------------------------------
-# Pieces of the loop
+# The command line
 
 
-def random_draws(seed, step, shape, count):
-    """All that is random in step `step` of a run: B row numbers below `count`, logit-normal times (B,),
-    noise of `shape` (B, 3, T, H, W), and uniform numbers (B,) that decide which captions to drop."""
-    generator = torch.Generator().manual_seed(seed * 1_000_000_007 + step)
-    rows = torch.randint(count, shape[:1], generator=generator)
-    t = time_of(torch.randn(shape[0], generator=generator))
-    noise = torch.randn(shape, generator=generator)
-    return rows, t, noise, torch.rand(shape[0], generator=generator)
+def make_parser() -> argparse.ArgumentParser:
+    """All options, with defaults that make the recommended run. None: it depends on others, see the help."""
+    parser = argparse.ArgumentParser(
+        description="Train a text-to-video model on the toy world or on your clips, or grow a trained one."
+    )
+    add = parser.add_argument_group("what to train").add_argument
+    add("--preset", default="tiny", choices=PRESETS, help="size of a new model, see `python dit.py` (tiny)")
+    add("--frames", type=int, help="frames of a clip (as the preset or the base)")
+    add("--size", type=int, help="pixels per side of a clip (as the preset or the base)")
+    add("--depth", type=int, help="blocks of a new model (as the preset)")
+    add("--data", help="basic, rich or both of the toy world, or a folder of clips (basic; rich with --from)")
+    add(
+        "--captions",
+        choices=("short", "detailed", "both"),
+        help="(short for basic, both for both, else detailed)",
+    )
+    add("--fps", type=float, help="frames per second at which a folder's videos are read (as the base, or 8)")
+    add("--max-bad", type=float, default=MAX_BAD, help="share of a folder's files that may be bad (0.1)")
+    add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five (train)")
+    add("--clips", type=int, help="clips in the training set (16384 of basic; 4096 of rich and both; all)")
+    add("--text", help="text encoder: minilm, a directory or a Hub id (as the base, or minilm)")
+    add = parser.add_argument_group("continuing from a run, the base").add_argument
+    add(
+        "--from",
+        dest="base",
+        help="run or checkpoint to continue from (with --grow: runs/base, or pretrained)",
+    )
+    add(
+        "--grow",
+        metavar="HOW",
+        help="depth (zero-initialized copies), width, mlp, llm, or several: depth,llm",
+    )
+    add("--add", type=int, help="with --grow depth: blocks to add (as many as there are)")
+    add(
+        "--where", default="insert", choices=("insert", "prefix", "suffix"), help="with --grow depth (insert)"
+    )
+    add("--zero", default="gate", choices=ZEROS, help="with --grow depth: what is zero in the copies (gate)")
+    add("--llm", default="smollm2", help="with --grow llm: smollm2, a directory or a Hub id (smollm2)")
+    add("--llm-features", default="last", choices=LLM_LAYERS, help="with --grow llm: which layers (last)")
+    add("--drop-text", type=float, default=0.5, help="share of captions that only an LLM reads (0.5)")
+    add("--tune", choices=("all", "new", "lora"), help="train all, what is new, or adapters (all)")
+    add("--rank", type=int, default=8, help="of the adapters of --tune lora (8)")
+    add = parser.add_argument_group("how long and how").add_argument
+    add("--steps", type=int, help="optimizer steps (6000; 1200 with --from)")
+    add("--minutes", type=float, help="as many steps as fit, judged by the speed of the first ones (off)")
+    add("--batch", type=int, default=32, help="clips per step (32)")
+    add("--lr", type=float, help="peak learning rate (as the base, or 3e-3 at width 128, less when wider)")
+    add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak (100)")
+    add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none (0.3)")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights (0.998)")
+    add("--seed", type=int, default=0, help="of weights, batches and noise (0)")
+    add("--every", type=int, default=1500, help="steps between samples, validation and checkpoint (1500)")
+    add("--quick", action="store_true", help="nano, 20 steps: see that everything works, learn nothing (off)")
+    add = parser.add_argument_group("run and machine").add_argument
+    add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
+    add("--resume", action="store_true", help="continue the run in --out with the options it had (off)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, mps, ... (auto)")
+    add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(auto: bf16 where it is fast)")
+    add("--attention", default="auto", choices=BACKENDS, help="backend of attention.py (auto)")
+    add("--accumulate", type=int, default=1, help="parts that a batch is cut into, to save memory (1)")
+    add("--checkpoint-activations", action="store_true", help="save memory, compute a third more (off)")
+    add("--shard", action="store_true", help="with torchrun: cut the model into slices (off)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, with a C++ compiler)")
+    return parser
+
+
+QUICK = {"preset": "nano", "batch": 8, "every": 10, "steps": 20, "compile": False}
+RESUMABLE = (  # what may change when a run is resumed
+    "steps", "minutes", "every", "max_bad", "device", "precision", "attention", "compile", "accumulate",
+    "checkpoint_activations", "shard", "resume", "out",
+)  # fmt: skip
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The command line -> options with all defaults filled in. Raises ValueError for what makes no sense, in
+    one line."""
+    parser = make_parser()
+
+    def fail(message):
+        raise ValueError(f"{message}; see `python train.py --help`")
+
+    parser.error = fail  # argparse would print the usage, and end the process
+    given = parser.parse_args(argv)
+    defaults = parser.parse_args([])
+    if given.grow and not given.base:
+        given.base = "runs/base" if Path("runs/base").exists() else str(newest_checkpoint(Path("no runs")))
+    given.out = given.out or default_folder(given)
+    if given.resume:
+        return resumed_arguments(parser, argv, given.out)
+    check_growth(given, defaults)
+    fill_defaults(given, defaults)
+    check_numbers(given)
+    return given
+
+
+def default_folder(args) -> str:
+    """The folder of a run that has no --out."""
+    if not args.base:
+        return "runs/base"
+    name = [part for part in Path(args.base).parts if part != "checkpoint"][-1]
+    suffix = "lora" if args.tune == "lora" else "more"
+    if args.grow:
+        suffix = args.grow.replace(",", "-")
+    return f"runs/{name}-{suffix}"
+
+
+def resumed_arguments(parser, argv, out: str) -> argparse.Namespace:
+    """The options that a run was begun with, with those of RESUMABLE as they are given now."""
+    file = Path(out) / "args.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no run to resume in {out}")
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is not what train.py has written: it is no JSON object") from None
+    before |= {"out": out, "resume": True, "shard": False}
+    args = parser.parse_args(argv, argparse.Namespace(**before))
+    args.out = out
+    for name, value in before.items():
+        if getattr(args, name) != value and name not in RESUMABLE:
+            option = {"base": "from"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"--resume continues with the options that the run had: leave out --{option}")
+    if args.steps != before["steps"]:
+        args.minutes = None  # the newer wish counts
+    elif args.minutes != before["minutes"]:
+        args.steps = None
+    check_numbers(args)
+    return args
+
+
+def check_growth(args, defaults):
+    """Raise ValueError for an unknown growth, and for options that go with another one."""
+    operators = args.grow.split(",") if args.grow else []
+    for operator in operators:
+        if operator not in ("depth", "width", "mlp", "llm"):
+            raise ValueError(f"no growth is called {operator!r}; there are depth, width, mlp and llm")
+    for operator, options in (("depth", ("add", "where", "zero")), ("llm", ("llm", "llm_features"))):
+        for option in options:
+            if getattr(args, option) != getattr(defaults, option) and operator not in operators:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name} is for --grow {operator}, which is not given")
+    if args.depth and args.base:
+        raise ValueError("--depth is for a new model; --grow depth adds blocks to a trained one")
+    if args.tune == "lora" and not args.base:
+        raise ValueError("--tune lora needs a base: give --from RUN")
+    if args.steps and args.minutes:
+        raise ValueError("--steps and --minutes both say how long to train: leave out one")
+
+
+def fill_defaults(args, defaults):
+    """Fill in the options that depend on others, so that args.json tells all of them."""
+    args.data = args.data or ("rich" if args.base else "basic")
+    toy = args.data in SETS
+    if not toy:
+        if not Path(args.data).is_dir():
+            names = ", ".join(SETS)
+            raise ValueError(f"--data {args.data!r} is neither a set of the toy world ({names}) nor a folder")
+        args.data = str(Path(args.data))  # without a slash at its end
+    args.captions = args.captions or {"basic": "short", "both": "both"}.get(args.data, "detailed")
+    if args.quick:
+        for name, value in QUICK.items():
+            if getattr(args, name) == getattr(defaults, name) and not (name == "steps" and args.minutes):
+                setattr(args, name, value)
+    if args.clips is None and toy:
+        args.clips = 256 if args.quick else {"basic": 16384}.get(args.data, 4096)
+    if args.steps is None and args.minutes is None:
+        args.steps = 1200 if args.base else 6000
+    if args.compile is None:
+        args.compile = bool(shutil.which("g++") or shutil.which("clang++"))
+
+
+def check_numbers(args):
+    """Raise ValueError for numbers out of range."""
+    for name in (
+        "accumulate", "clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add", "rank", "frames",
+        "size", "depth",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value}; it must be more than zero")
+    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
+        value = getattr(args, name)
+        if not 0 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
+    if args.fps is not None and not 0.01 <= args.fps <= 1000:
+        raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
+    if args.accumulate > args.batch:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {args.batch}")
+    if args.shard and parallel.WORLD == 1:
+        raise ValueError("--shard is for several processes: torchrun --nproc-per-node 2 train.py --shard")
+
+
+# --------------------------------------------------------------------------------------------------------
+# One step
+
+
+class Batch(NamedTuple):
+    """What a step learns from, on the training device."""
+
+    x: torch.Tensor  # (B, 3, T, H, W) uint8
+    t: torch.Tensor  # (B,) in (0, 1)
+    noise: torch.Tensor  # (B, 3, T, H, W)
+    text_rows: torch.Tensor  # (B,) captions for the small encoder, as row numbers of the prompts
+    llm_rows: torch.Tensor  # (B,) captions for the LLM
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch in at most `parts` parts."""
+        chunks = [tensor.chunk(parts) for tensor in self]
+        return [Batch(*part) for part in zip(*chunks, strict=True)]
+
+
+def generator_of(seed: int, step: int, device) -> torch.Generator:
+    """The random numbers of a step."""
+    return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) % 2**63)
+
+
+def random_rows(seed: int, step: int, batch: int, count: int) -> torch.Tensor:
+    """Which of `count` clips are in a step -> (B,) on the CPU, where clips may have to be read."""
+    return torch.randint(count, (batch,), generator=generator_of(seed + 1_000_003, step, "cpu"))
+
+
+def random_batch(tr: Training, seed: int, step: int, batch: int) -> Batch:
+    """All that is random in a step, as a function of (seed, step), for a batch of B clips."""
+    count = len(tr.captions)
+    rows, ahead = (random_rows(seed, s, batch, count) for s in (step, step + 1))
+    x = tr.clips.take(rows, ahead)
+    g = generator_of(seed, step, tr.device)
+    t = logit_normal(torch.randn(batch, generator=g, device=tr.device))
+    noise = torch.randn(x.shape, generator=g, device=tr.device)
+    drop = torch.rand(batch, generator=g, device=tr.device)
+    captions = tr.captions[to_device(rows, tr.device)]
+    null = tr.prompts.null
+    llm_rows = captions.masked_fill(drop < CFG_DROPOUT, null)  # both encoders lose these
+    text_rows = captions.masked_fill(drop < CFG_DROPOUT + tr.text_dropout, null)  # the small one some more
+    return Batch(*map(parallel.my_share, (x, t, noise, text_rows, llm_rows)))
+
+
+def prompt_lengths(tr: Training, batch: Batch) -> list[int]:
+    """The length to which the prompts are padded, for each encoder. On a GPU it is that of the longest of
+    all, so that nothing is waited for. On a CPU it is that of the longest in the batch, rounded up to a
+    quarter of the longest of all, so that little is padded and little compiled."""
+    if tr.device.type != "cpu":
+        return tr.prompts.lengths
+    lengths = []
+    for features, rows in zip(tr.prompts.features, (batch.text_rows, batch.llm_rows), strict=False):
+        quarter = math.ceil(features.max_length / 4)
+        longest = int(features.lengths[rows].max())
+        lengths.append(min(math.ceil(longest / quarter) * quarter, features.max_length))
+    return lengths
+
+
+def training_step(tr: Training, batch: Batch, accumulate: int = 1) -> torch.Tensor:
+    """One step of the optimizer on this process's share of a batch, in `accumulate` parts -> the mean loss, a
+    0-dim tensor; nan if the gradient is not finite."""
+    total = torch.zeros((), device=tr.device)
+    parts = batch.split(accumulate)
+    for i, part in enumerate(parts):
+        x = part.x.float() / 127.5 - 1  # bytes -> [-1, 1]
+        prompt = tr.prompts.gather(part.text_rows, part.llm_rows, prompt_lengths(tr, part))
+        with parallel.average_gradients(tr.network, i == len(parts) - 1):
+            with autocast(tr.device, tr.precision):
+                loss = flow_loss(tr.network, x, part.t, part.noise, prompt).sum() / len(batch.t)
+            tr.scaler.scale(loss).backward()
+        total += loss.detach()
+    tr.scaler.unscale_(tr.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(tr.model.parameters(), CLIP_NORM)
+    tr.scaler.step(tr.optimizer)
+    tr.scaler.update()
+    tr.optimizer.zero_grad()
+    if tr.scaler.is_enabled():  # it skips steps whose gradient overflows, and lowers its scale
+        return total
+    return torch.where(parallel.whole(norm).isfinite(), total, torch.nan)
+
+
+def make_step(tr: Training, accumulate: int):
+    """`training_step` as a function of a batch. On one GPU its kernels are recorded, if that is possible: not
+    with parts, with blocks that are computed again, or in float16, whose scaler looks at the gradient."""
+    plain = accumulate == 1 and not tr.model.checkpoint_activations and not tr.scaler.is_enabled()
+    if tr.device.type == "cuda" and plain and parallel.WORLD == 1:
+        recorded = GraphedStep(lambda *tensors: training_step(tr, Batch(*tensors)))
+        return lambda batch: recorded(*batch)
+    return lambda batch: training_step(tr, batch, accumulate)
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """ema += (1 - d) (model - ema). d rises to `decay`, so that the first steps are not dominated by the
-    start."""
+def update_ema(ema, model, step: int, decay: float):
+    """ema += (1 - d) (model - ema). d rises to `decay` as (1 + step) / (10 + step), so that the first weights
+    are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage with `num_updates`)."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def learning_rate(peak, step, progress, warmup, decay=0.3, start=0.0):
-    """From `start` to the peak over `warmup` steps, a plateau, and a straight line to zero over the last
-    `decay` of the run; `progress` is the share of the run that is over, in [0, 1]."""
+def learning_rate(peak, step, steps, warmup, decay=0.3, start=0.0) -> float:
+    """Warmup-stable-decay: from `start` to the peak over `warmup` steps, a plateau, and a straight line to
+    zero over the last `decay` of `steps`, which may be infinite."""
     rate = start + (peak - start) * min(1.0, (step + 1) / warmup)
-    return rate * min(1.0, (1 - progress) / decay) if decay else rate
+    if decay and steps < math.inf:
+        rate *= min(1.0, (1 - step / steps) / decay)
+    return rate
 
 
 # --------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def starting_point(args, run) -> Checkpoint | None:
-    """What to go on from: the run itself, or another, grown if that is wanted; None for a new model."""
-    if args.resume:
-        return load_checkpoint(run)
-    if not args.base:
-        return None
-    start = load_checkpoint(args.base)
-    if args.text not in (None, start.header["text_encoder"]):
-        raise ValueError(f"{args.base} was trained with --text {start.header['text_encoder']}")
-    for operator in filter(None, (args.grow or "").split(",")):
-        options = {}
-        if operator == "depth":
-            add = args.add or start.model.config.depth
-            options = {"add": add, "where": args.where or "insert", "zero": args.zero or "gate"}
-        if operator == "llm":
-            with parallel.one_first():
-                dim = encode([], args.llm, args.llm_features).dim
-            options = {"llm_dim": dim, "refiner": args.refiner, "seed": args.seed}
-            start.header.update(llm=args.llm, llm_features=args.llm_features)
-        start = grow_state(start, operator, **options)
-    clip = {name: value for name in ("frames", "size") if (value := getattr(args, name)) is not None}
-    if any(value != getattr(start.model.config, name) for name, value in clip.items()):
-        start = grow_state(start, "clip", **clip)
-    if args.tune == "lora" and not start.model.config.lora_rank:
-        start = grow_state(start, "lora", rank=args.rank)
-    return start
+def steps_within(args, run: Run) -> int:
+    """How many steps fit into --minutes, judged by the speed of the last steps and the time of a
+    validation."""
+    per_step = args.batch / run.records[-1]["samples_per_second"] + run.pause_seconds / args.every
+    left = 60 * args.minutes - run.seconds() - run.pause_seconds
+    return run.step + max(0, int(left / per_step))
 
 
-def freeze(model, ema, tune, new):
-    """Leave trainable what `tune` says: "all", "lora" (adapters) or "new" (the parameters named in `new`).
-    The rest takes its values from the EMA."""
-    for (name, parameter), averaged in zip(model.named_parameters(), ema.parameters(), strict=True):
-        if not (tune == "all" or (tune == "lora" and "lora_" in name) or (tune == "new" and name in new)):
-            parameter.requires_grad_(False).data.copy_(averaged)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--tune {tune} leaves nothing to train: no growth has made such parameters")
+def train(args, prompts_class=Prompts) -> Path:
+    """Train as `parse_arguments` says -> the run's directory. `prompts_class` makes features of prompts (the
+    study has controls). Raises ValueError or OSError with a one-line message for user errors."""
+    parallel.start(args.batch, args.device)
+    with Run(args.out, args.resume, parallel.RANK == 0, parallel.agree, parallel.mean) as run:
+        tr = set_up(args, prompts_class)
+        run.begin(vars(args), tr.trainer_state)
+        if not args.resume:
+            compare_with_base(args, tr, run)
+        one_step = make_step(tr, args.accumulate)
+        try:
+            for step in run.steps():
+                if step % args.every == 0 and not run.validated():
+                    validate_and_save(args, tr, run)
+                rate = learning_rate(tr.peak, step, run.total, args.warmup, args.decay, tr.lr_before)
+                tr.lr.fill_(rate)
+                batch = random_batch(tr, args.seed, tr.steps_before + step, args.batch)
+                loss = one_step(batch)
+                update_ema(tr.ema, tr.model, tr.steps_before + step, args.ema)
+                run.log(loss, args.batch, lr=rate, flops=tr.flops_at(step + 1))
+                if run.total == math.inf and run.step >= TIMED_STEPS and run.step % LOG_EVERY == 0:
+                    run.total = parallel.agree(steps_within(args, run))
+            if run.stopped:
+                save(args, tr, run)
+            elif not run.validated():
+                validate_and_save(args, tr, run)
+        except Diverged as error:
+            raise ValueError(f"{error}: {diverged_hint(args, tr, error.step)}") from None
+    if parallel.RANK == 0:
+        print(run.summary())
+    parallel.finish()
+    return run.folder
 
 
-@contextmanager
-def stoppable():
-    """Within it Ctrl-C and SIGTERM end nothing, but are written down in the list that it gives; a second
-    Ctrl-C is Ctrl-C again."""
-    stops = []
+def diverged_hint(args, tr: Training, step: int) -> str:
+    """What to do after a step whose loss is not finite, and which clips were in it."""
+    rows = random_rows(args.seed, tr.steps_before + step, args.batch, len(tr.data.clips))
+    names = "; ".join(tr.data.clips.names[row] for row in rows.tolist())
+    return f"the last checkpoint is kept; a new run, or one --from it, needs a lower --lr ({names})"
 
-    def stop(number, _):
-        stops.append(number)
-        signal.signal(number, before[number])
 
-    here = threading.current_thread() is threading.main_thread()  # no other thread may ask for signals
-    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
+def main():
+    """`python train.py`."""
     try:
-        yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(args, started=None, read=Prompts):
-    """Train as the command line says (see `parse_arguments`) -> the run's directory. The clock of --minutes
-    began at `started` (`time.perf_counter`), by default now. `read` is how prompts become features. Raises
-    ValueError or OSError, in one line, for whatever the user can mend, and SystemExit after a stop."""
-    parallel.join(args.batch, args.device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(Path(args.out) / "lock", timeout=0) if RANK == 0 else nullcontext():
-            return train_alone(args, started or time.perf_counter(), read)
-    except filelock.Timeout:
-        raise ValueError(f"another process is training in {args.out}: name another with --out") from None
-
-
-def train_alone(args, started, read):
-    """`train`, in a directory that no other process trains in."""
-    run = Path(args.out)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    if not args.resume and any((run / name).exists() for name in ("checkpoint", "checkpoint.old")):
-        raise ValueError(f"{run} holds a run already: go on with --resume, or name another with --out")
-    start = starting_point(args, run)
-    config = PRESETS[args.preset] if start is None else start.model.config
-    if start is None:  # the size of the text features is not known yet
-        sizes = ("frames", "size", "depth")
-        config = replace(config, **{name: getattr(args, name) or getattr(config, name) for name in sizes})
-
-    if args.drop_text is None:
-        args.drop_text = HIDDEN if config.llm_dim else 0.0
-    elif args.drop_text and not config.llm_dim:
-        raise ValueError("--drop-text is for a model that reads with an LLM: grow it with --grow llm")
-
-    # Data and the features of all its captions.
-    header = start.header if start else {"text_encoder": args.text or "minilm", "history": [], "flops": 0}
-    history = header["history"][:-1] if args.resume else header["history"]
-    header["fps"] = args.fps = args.fps or header.get("fps", FPS)
-    clip, folder = (config.frames, config.size), {"fps": args.fps, "max_bad": args.max_bad}
-    with parallel.one_first():
-        world = open_clips(args.data, "train", args.clips, *clip, args.captions, args.words, **folder)
-    for what, why in world.problems:
-        print(f"skipped: {what}: {why}")
-    few = min(args.clips or 256, 256)
-    held_out = {
-        "val_loss": open_clips(args.data, "validation", few, *clip, args.captions, args.words, **folder)
-    }
-    old = [event for event in history if "train" in event][-1:]
-    known = (*SETS, args.data)
-    if (
-        old
-        and old[0]["train"] in known
-        and (old[0]["train"], old[0]["captions"]) != (args.data, args.captions)
-    ):
-        held_out["old_val_loss"] = open_clips(
-            old[0]["train"], "validation", few, *clip, old[0]["captions"], **folder
-        )
-    clips = [[w.names, w.captions] for w in (world, *held_out.values())]
-    identity = hashlib.sha256(json.dumps(clips).encode()).hexdigest()
-    if args.resume and start.state.get("data", identity) != identity:
+        train(parse_arguments())
+    except RuntimeError as error:
+        if not parallel.peer_lost(error):
+            raise
         raise ValueError(
-            f"the clips in {args.data} are not those that {run} began with; go on with --from {run}"
-        )
-    shown = list(PROMPTS) if args.data in SETS else list(dict.fromkeys(world.captions))[: len(PROMPTS)]
-    texts = [*world.captions, *(c for w in held_out.values() for c in w.captions), *shown]
-    with parallel.one_first():
-        prompts = read(texts, header, config.llm_dim)
-    if "llm" in (args.grow or "").split(",") and not args.resume:
-        align((start.model, start.ema), prompts, world.captions)
-    lengths = [stream.max_length for stream in prompts.streams]
-
-    if start is None:
-        torch.manual_seed(args.seed)
-        model = DiT(replace(config, text_dim=prompts.streams[0].dim))
-        start = Checkpoint(model, copy.deepcopy(model), {}, header, {})
-    model, ema, moments, header, state = start
-    model.train().checkpoint_activations = args.checkpoint_activations
-    ema.eval().requires_grad_(False)
-    config = model.config
-    args.tune = args.tune or ("lora" if config.lora_rank else "all")
-    freeze(model, ema, args.tune, header.get("new", ()))
-    step_flops = args.batch * count_flops(model, lengths)  # as if each prompt were as long as the longest
-    if args.shard:  # what is trained is cut into slices; process 0 looks at, and saves, what it gathers
-        whole = copy.deepcopy(model).to("cpu" if RANK == 0 else "meta")
-        whole_ema = copy.deepcopy(ema).to(device if RANK == 0 else "meta")
-    else:
-        whole, whole_ema = model.to(device), ema.to(device)
-    network = parallel.distribute(model, ema, args.shard, device)
-    wider = (config.width / 128) ** 0.5  # the peak is kept from run to run, but falls with this
-    peak_at_128 = args.lr * wider if args.lr else state.get("peak_at_128", 3e-3)
-    peak = peak_at_128 / wider
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(trained.values(), peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for name, parameter in trained.items():
-        if name in moments:
-            mine = {kind: parallel.slice_like(tensor, parameter) for kind, tensor in moments[name].items()}
-            optimiser.state[parameter] = mine
-    shape = (args.batch, 3, config.frames, config.size, config.size)
-
-    # Where the run stands.
-    metrics, records = run / "metrics.jsonl", []
-    if args.resume:
-        lines = metrics.read_text().splitlines(keepends=True)  # the last one may have been cut off
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        records = [r for r in records if r["step"] <= state["step"]]
-    else:
-        rate = state.get("lr", 0.0)
-        state = {"step": 0, "seconds": 0.0, "look_seconds": 0.0, "flops_before": header["flops"]}
-        state |= {"lr_before": rate, "lr": rate, "peak_at_128": peak_at_128, "data": identity}
-    if args.flops:
-        args.steps = round((args.flops - state["flops_before"]) / step_flops)
-        if args.steps < 1:
-            raise ValueError(
-                f"--flops counts those of the base too, {state['flops_before']:.2e}: ask for more"
-            )
-    steps_before = sum(event.get("steps", 0) for event in history)
-    if RANK == 0:
-        write_whole(run / "args.json", json.dumps(vars(args), indent=1))
-        write_whole(metrics, "".join(json.dumps(r) + "\n" for r in records))
-    losses = [torch.tensor(loss, device=device) for loss in state.pop("losses", ())]  # not written down yet
-    begun = started - state["seconds"]
-
-    def record(**entry):
-        records.append({"step": state["step"], **entry})
-        if RANK == 0:
-            with metrics.open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-
-    def check():
-        """Raise ValueError if a loss since the last line of metrics is not finite, in any process."""
-        losses[:] = parallel.mean(torch.stack(losses)).unbind() if losses else ()
-        for i, loss in enumerate(loss.item() for loss in losses):
-            if not math.isfinite(loss):
-                step = state["step"] - len(losses) + i
-                rows = random_draws(args.seed, steps_before + step, shape, len(world))[0]
-                names = "; ".join(world.names[row] for row in rows)
-                raise ValueError(
-                    f"the loss or its gradient is {loss} at step {step + 1}: {DIVERGED} ({names})"
-                )
-
-    def save():
-        check()
-        header["flops"] = state["flops_before"] + state["step"] * step_flops
-        state["seconds"] = time.perf_counter() - begun
-        event = {name: getattr(args, name) for name in ("captions", "tune", "seed")}
-        header["history"] = [*history, {"train": args.data, "steps": state["step"], **event}]
-        parallel.gather(model, whole)
-        parallel.gather(ema, whole_ema)
-        moments = {
-            name: {kind: parallel.collect(tensor) for kind, tensor in optimiser.state[parameter].items()}
-            for name, parameter in trained.items()
-            if parameter in optimiser.state
-        }
-        pending = {"losses": [loss.item() for loss in losses]}
-        if RANK == 0:
-            settle(metrics)
-            saved = Checkpoint(whole, whole_ema, moments, header, state | pending)
-            save_checkpoint(run / "checkpoint", saved)
-
-    def look():
-        """Validate, draw samples, save."""
-        check()
-        begin = time.perf_counter()
-        parallel.gather(ema, whole_ema)
-        if RANK == 0:
-            validate()
-        save()
-        if RANK == 0 and any("loss" in r for r in records):
-            middles = time_of(torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS))
-            plot_losses(run / "loss.png", records, middles)
-        state["look_seconds"] = time.perf_counter() - begin  # what the end of the run will take
-
-    def validate():
-        """The loss on clips that are not trained on, and samples."""
-        entry = {"flops": state["flops_before"] + state["step"] * step_flops}
-        for name, clips in held_out.items():
-            by_t = validation_loss(whole_ema, clips, prompts, precision).tolist()
-            entry |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
-        if not math.isfinite(entry["val_loss"]):
-            raise ValueError(f"the weights are not finite at step {state['step']}: {DIVERGED}")
-        record(**entry)
-        noise = torch.randn(len(shown), *shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-        prompt, empty = ([v.to(device) for v in prompts.batch(p)] for p in (shown, [NULL_PROMPT]))
-        with autocast(device, precision):
-            clips = solve(whole_ema, noise, prompt, empty)
-        (run / "samples").mkdir(exist_ok=True)
-        save_grid(run / "samples" / f"step_{state['step']:06d}.gif", to_uint8(clips), shown, columns=4)
-
-    if not args.resume:
-        if RANK == 0 and args.base and history != (base := load_model(args.base))[1]["history"]:
-            before = Prompts(texts, base[1], base[0].config.llm_dim)
-            both = (base[0].to(device), before), (whole_ema, prompts)
-            sides = [validation_loss(m, held_out["val_loss"], p).mean().item() for m, p in both]
-            print("{}\nfloat32 loss {:.6f} before growth, {:.6f} after".format(tree(history), *sides))
-            record(loss_before_growth=sides[0], loss_after_growth=sides[1])
-        look()
-
-    if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
-        for block in model.blocks:
-            block.compile()
-    looked = max((r["step"] for r in records if "val_loss" in r), default=state["step"])
-    logged = state["step"], time.perf_counter()
-    bar = tqdm(desc="training", total=args.steps, unit="step", initial=state["step"], disable=RANK > 0)
-    with bar, stoppable() as stops:
-        while True:
-            step, seconds = state["step"], time.perf_counter() - begun
-            progress = step / args.steps
-            if args.minutes:  # with time left for the last look
-                progress = (seconds + state["look_seconds"]) / (60 * args.minutes)
-            progress, stopped = parallel.agree(progress, len(stops))
-            if progress >= 1 or stopped:
-                break
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(peak, step, progress, args.warmup, args.decay, state["lr_before"])
-            rows, t, noise, drop = random_draws(args.seed, steps_before + step, shape, len(world))
-            total, parts = 0.0, parallel.share(torch.arange(args.batch)).chunk(args.accumulate)
-            for part in parts:
-                (x, captions), drops = world.batch(rows[part]), drop[part].tolist()
-                streams = [  # one list of captions for each encoder; the first one may lose more of them
-                    [NULL_PROMPT if d < hide else c for c, d in zip(captions, drops, strict=True)]
-                    for hide in (DROP + args.drop_text, DROP)[-len(prompts.streams) :]
-                ]
-                prompt = prompts.batch(*streams, few=True)
-                x, *prompt = (v.to(device, non_blocking=True) for v in (x, *prompt))
-                with parallel.not_yet(network) if part is not parts[-1] else nullcontext():
-                    with autocast(device, precision):
-                        loss = flow_loss(network, x, t[part].to(device), noise[part].to(device), prompt).sum()
-                    loss = loss / args.batch * parallel.WORLD
-                    loss.backward()
-                total = total + loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            update_ema(ema, model, steps_before + step, args.ema)
-            losses.append(total + 0 * parallel.whole(norm))  # not a number if the gradient is not finite
-            step += 1
-            state["step"], state["lr"] = step, group["lr"]
-            bar.update()
-            if step % LOG_EVERY == 0:
-                check()
-                mean, now = torch.stack(losses).mean().item(), time.perf_counter()
-                speed = (step - logged[0]) * args.batch / (now - logged[1])
-                logged = step, now
-                losses.clear()
-                flops = state["flops_before"] + step * step_flops
-                record(loss=mean, lr=group["lr"], flops=flops, seconds=now - begun, samples_per_second=speed)
-                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} clips/s")
-            if step % args.every == 0:
-                look()
-                looked, logged = step, (step, time.perf_counter())
-        if looked != state["step"] and not stopped:
-            look()
-    if stopped:
-        save()
-        print(f"{run}: stopped and saved at step {state['step']} of {args.steps}; --resume goes on from it")
-        parallel.leave()
-        sys.exit(0)
-    if RANK == 0:
-        last = next(r for r in reversed(records) if "val_loss" in r)
-        names = {"val_loss": "validation loss", "old_val_loss": "on what the base had learned"}
-        losses = "".join(f", {text} {last[name]:.4f}" for name, text in names.items() if name in last)
-        print(f"{run}: {state['step']} steps, {state['seconds'] / 60:.1f} minutes{losses}")
-    parallel.leave()
-    return run
+            f"process {parallel.RANK}: another process of this run ended; use --resume"
+        ) from None
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_arguments(), START)
-    except KeyboardInterrupt:
-        print("stopped; what was saved before is kept", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # whatever a user can mend
-        if out_of_memory(error):
-            error = (
-                "out of memory: lower --batch or raise --accumulate, give --checkpoint-activations, or take a"
-                " smaller --preset, --size or --frames"
-            )
-        elif parallel.lost(error):
-            error = f"process {RANK}: another one of this run has ended; --resume goes on from what it saved"
-        elif not isinstance(error, (ValueError, OSError)):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, MEMORY_HINT)

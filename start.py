@@ -1,0 +1,275 @@
+"""Where a training starts: the base and its growth, the data, the model and optimizer on their device.
+
+train.py calls `set_up` once. It stands in a file of its own so that train.py reads like the algorithm. In
+order:
+
+    starting_point   nothing (a new model), the run itself (--resume), or a base, grown as --grow says
+    open_data        clips to train on and clips held out, rendered (data.py) or decoded (clips.py)
+    prompts          the features of all captions (text_encoder.py)
+    build            the model, its EMA, and AdamW with the state it had, on the training device
+
+A base comes with the weights as trained, their EMA and the optimizer state; growth maps all three (grow.py).
+If the base learned from other data of the toy world, the loss on those is watched too: what is forgotten.
+Frozen weights are set to their EMA values, because they will no longer be averaged.
+
+Left out: several data sets at once, mixtures other than `both`.
+"""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import parallel
+from align import align
+from clips import FolderDataset, scan
+from data import PROMPTS, SETS, ToyDataset
+from dit import PRESETS, DiT, count_flops, set_attention
+from grow import grow_state
+from machine import RowStore, fits, pick_device, pick_precision
+from run import DEFAULTS, Checkpoint, load_checkpoint
+from text_encoder import Prompts, cached_features
+
+BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
+BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
+VALIDATION_CLIPS = 256
+
+
+def starting_point(args) -> Checkpoint | None:
+    """What training continues from: the run itself, or the base, grown as --grow says; None for a new
+    model."""
+    if args.resume:
+        return load_checkpoint(args.out)
+    if not args.base:
+        return None
+    start = load_checkpoint(args.base)
+    if args.text not in (None, start.metadata["text_encoder"]):
+        raise ValueError(f"{args.base} was trained with --text {start.metadata['text_encoder']}")
+    for operator in args.grow.split(",") if args.grow else ():
+        start = grow_once(start, operator, args)
+    config = start.model.config
+    frames, size = args.frames or config.frames, args.size or config.size
+    if (frames, size) != (config.frames, config.size):
+        start = grow_state(start, "resolution", frames=frames, size=size)
+    if args.tune == "lora" and not config.lora_rank:
+        start = grow_state(start, "lora", rank=args.rank)
+    return start
+
+
+def grow_once(start: Checkpoint, operator: str, args) -> Checkpoint:
+    """One growth of --grow."""
+    if operator == "depth":
+        add = args.add or start.model.config.depth
+        return grow_state(start, "depth", add=add, where=args.where, zero=args.zero)
+    if operator == "llm":
+        with parallel.first_process_first():
+            dim = cached_features([], args.llm, args.llm_features).dim
+        start.metadata.update(llm=args.llm, llm_features=args.llm_features)
+        return grow_state(start, "llm", llm_dim=dim, seed=args.seed)
+    return grow_state(start, operator)
+
+
+class Data(NamedTuple):
+    """What a run learns from and is validated on."""
+
+    clips: ToyDataset | FolderDataset
+    held_out: dict[str, ToyDataset | FolderDataset]  # "val_loss", and "old_val_loss": what the base learned
+    shown: list[str]  # prompts of the samples
+
+    def texts(self) -> list[str]:
+        """All captions and prompts."""
+        texts = list(self.shown)
+        for dataset in (self.clips, *self.held_out.values()):
+            texts += dataset.captions
+        return texts
+
+    def fingerprint(self) -> str:
+        """It changes with the name or the caption of any clip."""
+        parts = [[dataset.names, dataset.captions] for dataset in (self.clips, *self.held_out.values())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def open_data(args, config, fps: float, history: list[dict], device) -> Data:
+    """The clips to train on, and those held out. Raises ValueError or OSError in one line."""
+    few = min(args.clips or VALIDATION_CLIPS, VALIDATION_CLIPS)
+    shape = {"frames": config.frames, "size": config.size}
+    if args.data in SETS:
+        size = args.clips * 3 * config.frames * config.size**2
+        place = device if fits(size, device) else "cpu"
+        style = {"caption_style": args.captions, "vocabulary": args.words, "device": place}
+        clips = ToyDataset(args.data, args.clips, seed=0, **shape, **style)
+        held_out = {"val_loss": ToyDataset(args.data, few, seed=1, **shape, **style)}
+        shown = list(PROMPTS)
+    else:
+        scanned = scan(Path(args.data), **shape, fps=fps)
+        clips = FolderDataset(scanned, "train", args.captions, args.max_bad, args.clips)
+        held_out = {"val_loss": FolderDataset(scanned, "validation", args.captions, args.max_bad, few)}
+        shown = list(dict.fromkeys(clips.captions))[: len(PROMPTS)]
+    trainings = [event for event in history if "train" in event]
+    old = trainings[-1] if trainings else None
+    # A folder that a header names is not opened: a checkpoint may come from anywhere.
+    if old and old["train"] in SETS and (old["train"], old["captions"]) != (args.data, args.captions):
+        style = {"caption_style": old["captions"], "device": device}
+        held_out["old_val_loss"] = ToyDataset(old["train"], few, seed=1, **shape, **style)
+    return Data(clips, held_out, shown)
+
+
+def freeze(model, ema, tune: str, new: list[str]):
+    """Leave trainable what `tune` says: "all", "lora" (adapters) or "new" (the parameters named in `new`).
+    The others are set to their EMA values. Raises ValueError if nothing is left."""
+    for (name, parameter), averaged in zip(model.named_parameters(), ema.parameters(), strict=True):
+        trained = tune == "all" or (tune == "lora" and "lora_" in name) or (tune == "new" and name in new)
+        if not trained:
+            parameter.requires_grad_(False).data.copy_(averaged)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--tune {tune} leaves nothing to train: no growth has made such parameters")
+
+
+@dataclass
+class Training:
+    """All that the loop needs. Made once; afterwards only weights, optimizer and lr change."""
+
+    model: DiT  # trained
+    ema: DiT  # sampled, evaluated, grown
+    network: torch.nn.Module  # the model, or what several processes call in its place
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # does nothing but in float16
+    lr: torch.Tensor  # 0-dim, on the device, where a recorded step reads it
+    data: Data
+    clips: RowStore  # the clips to train on, uint8 (N, 3, T, H, W)
+    captions: torch.Tensor  # (N,) row number of each clip's caption in `prompts`
+    prompts: Prompts
+    device: torch.device
+    precision: torch.dtype | None  # of matrix products
+    text_dropout: float  # share of captions that the small encoder does not read, beside the null prompts
+    tune: str  # what is trained: "all", "new" or "lora"
+    peak: float  # learning rate on the plateau
+    lr_before: float  # learning rate at which the base stopped
+    flops: int  # of a step
+    steps_before: int  # of the base, so that draws and EMA go on where it stopped
+    metadata: dict  # of the checkpoint; its history ends before this run
+    trainer_state: dict  # where the run stands, as it is saved
+
+    def flops_at(self, step: int) -> int:
+        """FLOPs spent when the run has done `step` steps, those of the base included."""
+        return self.trainer_state["flops_before"] + step * self.flops
+
+
+def set_up(args, prompts_class=Prompts) -> Training:
+    """Everything for a run, from the options of train.py. Raises ValueError or OSError in one line."""
+    device = pick_device(args.device)
+    start = starting_point(args)
+    metadata = start.metadata if start else {**DEFAULTS, "text_encoder": args.text or "minilm"}
+    history = metadata["history"]
+    if args.resume:
+        history = history[:-1]  # the last entry is this run
+    metadata = {**metadata, "history": history, "fps": args.fps or metadata["fps"]}
+    config = start.model.config if start else new_config(args)
+    with parallel.first_process_first():
+        data = open_data(args, config, metadata["fps"], history, device)
+    for what, why in data.clips.problems:
+        print(f"skipped: {what}: {why}")
+    with parallel.first_process_first():
+        prompts = prompts_class(data.texts(), metadata, config.llm_dim, device)
+    if start is None:
+        torch.manual_seed(args.seed)
+        model = DiT(replace(config, text_dim=prompts.features[0].dim))
+        start = Checkpoint(model, copy.deepcopy(model), {}, metadata, {})
+    elif args.grow and "llm" in args.grow.split(",") and not args.resume:
+        align((start.model, start.ema), prompts, data.clips.captions)
+    return build(args, start._replace(metadata=metadata), data, prompts, device)
+
+
+def new_config(args):
+    """The config of a new model; the size of the text features is not known yet."""
+    config = PRESETS[args.preset]
+    changes = {name: getattr(args, name) for name in ("frames", "size", "depth")}
+    return replace(config, **{name: value for name, value in changes.items() if value})
+
+
+def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Training:
+    """The model, its EMA and AdamW with the state it had, on the device."""
+    model, ema = start.model.train(), start.ema.eval().requires_grad_(False)
+    config = model.config
+    model.checkpoint_activations = args.checkpoint_activations
+    set_attention(model, args.attention)
+    tune = args.tune or ("lora" if config.lora_rank else "all")
+    freeze(model, ema, tune, start.metadata["new"])
+    flops = args.batch * count_flops(model, prompts.lengths)  # as if every prompt were as long as the longest
+    if not args.shard:
+        model.to(device)
+        ema.to(device)
+    network = parallel.distribute(model, ema, args.shard, device)
+    wider = (config.width / 128) ** 0.5
+    base_lr = args.lr * wider if args.lr else start.trainer_state.get("base_lr", BASE_LR)
+    lr = torch.zeros((), device=device)
+    precision = pick_precision(args.precision, device)
+    optimizer = make_optimizer(model, start.optimizer_state, lr)
+    if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
+        for block in model.blocks:
+            block.compile()
+    state = first_state(args, start, data.fingerprint(), base_lr)
+    return Training(
+        model=model,
+        ema=ema,
+        network=network,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        lr=lr,
+        data=data,
+        clips=RowStore(data.clips.videos, data.clips.rows, device),
+        captions=prompts.rows(data.clips.captions),
+        prompts=prompts,
+        device=device,
+        precision=precision,
+        text_dropout=args.drop_text if config.llm_dim else 0.0,
+        tune=tune,
+        peak=base_lr / wider,
+        lr_before=state["lr_before"],
+        flops=flops,
+        steps_before=sum(event.get("steps", 0) for event in start.metadata["history"]),
+        metadata=start.metadata,
+        trainer_state=state,
+    )
+
+
+def make_optimizer(model, optimizer_state: dict, lr: torch.Tensor) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with the state that they had; new ones begin at step 0."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    on_gpu = lr.is_cuda  # there its step can be recorded
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr, betas=BETAS, weight_decay=0.0, fused=True, capturable=on_gpu
+    )
+    for name, parameter in trained.items():
+        state = {}
+        for kind, tensor in optimizer_state.get(name, {}).items():
+            on_cpu = kind == "step" and not on_gpu
+            state[kind] = tensor.clone() if on_cpu else parallel.slice_like(tensor, parameter)
+        if state:
+            optimizer.state[parameter] = state
+    return optimizer
+
+
+def first_state(args, start: Checkpoint, fingerprint: str, base_lr: float) -> dict:
+    """The trainer state from which the run goes on. Raises ValueError if a resumed run had other clips."""
+    state = start.trainer_state
+    if args.resume:
+        if state.get("data", fingerprint) != fingerprint:
+            raise ValueError(
+                f"the clips in {args.data} are not those that {args.out} began with; use --from {args.out}"
+            )
+        return {**state, "data": fingerprint}
+    rate = state.get("lr", 0.0)  # where the base left the schedule
+    return {
+        "step": 0,
+        "seconds": 0.0,
+        "flops_before": start.metadata["flops"],
+        "lr_before": rate,
+        "lr": rate,
+        "base_lr": base_lr,
+        "data": fingerprint,
+    }

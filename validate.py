@@ -1,0 +1,117 @@
+"""What happens every --every steps of a training: validation, samples, a checkpoint, a picture of the losses.
+
+The **validation loss** is that of the EMA on held-out clips, at fixed noise and fixed timesteps, so that its
+numbers can be compared from step to step and from run to run. Samples are drawn from the same noise each
+time. After a growth the loss of the base and that of the grown model are printed side by side: they are equal
+if the growth is function-preserving.
+
+train.py calls `validate_and_save`, `save` and `compare_with_base`. Left out: scores of what the samples show,
+which take minutes (lab/evaluate.py).
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+import parallel
+from dit import DiT
+from flow import T_BINS, logit_normal, solve, validation_loss
+from machine import autocast
+from run import Checkpoint, Diverged, Run, history_tree, load_model
+from start import Training
+from text_encoder import NULL_PROMPT, Prompts
+from video import save_grid, to_uint8
+
+
+def whole_model(model: DiT, device) -> DiT:
+    """The model itself, or all of it put together in process 0 if it is sharded. All processes must ask."""
+    weights = {name: parallel.whole(p) for name, p in model.named_parameters()}
+    if all(weights[name] is p for name, p in model.named_parameters()):
+        return model
+    complete = DiT(model.config).to(device).eval()
+    complete.load_state_dict(weights)
+    return complete
+
+
+def draw_samples(tr: Training, ema: DiT, path: Path):
+    """Clips of the shown prompts, from the same noise each time, as a GIF."""
+    config, shown = ema.config, tr.data.shown
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(shown), 3, config.frames, config.size, config.size, generator=generator)
+    prompt, null = tr.prompts.batch(shown), tr.prompts.batch([NULL_PROMPT])
+    with autocast(tr.device, tr.precision):
+        clips = solve(ema, noise.to(tr.device), prompt, null)
+    path.parent.mkdir(exist_ok=True)
+    save_grid(path, to_uint8(clips), shown, columns=4, fps=tr.metadata["fps"])
+
+
+def validate(tr: Training, run: Run):
+    """The loss of the EMA on clips that are not trained on, and samples. Raises Diverged."""
+    run.check_losses()
+    ema = whole_model(tr.ema, tr.device)
+    if not run.writer:
+        return
+    numbers = {"flops": tr.flops_at(run.step)}
+    for name, dataset in tr.data.held_out.items():
+        by_t = validation_loss(ema, dataset, tr.prompts, tr.precision).tolist()
+        numbers |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
+    if not math.isfinite(numbers["val_loss"]):
+        raise Diverged(run.step, numbers["val_loss"])
+    run.record(**numbers)
+    draw_samples(tr, ema, run.folder / "samples" / f"step_{run.step:06d}.gif")
+
+
+def save(args, tr: Training, run: Run):
+    """Write the checkpoint of this step. Raises Diverged instead if a loss is not finite."""
+    losses = run.check_losses()
+    event = {
+        "train": args.data,
+        "steps": run.step,
+        "captions": args.captions,
+        "tune": tr.tune,
+        "seed": args.seed,
+    }
+    metadata = {**tr.metadata, "flops": tr.flops_at(run.step), "history": [*tr.metadata["history"], event]}
+    state = {
+        **tr.trainer_state,
+        "step": run.step,
+        "seconds": run.seconds(),
+        "lr": tr.lr.item(),
+        "losses": losses,
+    }
+    state |= {"total": run.total} if run.total < math.inf else {}
+    optimizer_state = {}
+    for name, parameter in tr.model.named_parameters():
+        if parameter in tr.optimizer.state:
+            entry = tr.optimizer.state[parameter].items()
+            optimizer_state[name] = {kind: parallel.whole(tensor).cpu() for kind, tensor in entry}
+    model, ema = whole_model(tr.model, "cpu"), whole_model(tr.ema, "cpu")
+    run.save(Checkpoint(model, ema, optimizer_state, metadata, state))
+
+
+def validate_and_save(args, tr: Training, run: Run):
+    """Validation, checkpoint and pictures; their time does not count as training."""
+    begin = run.seconds()
+    validate(tr, run)
+    save(args, tr, run)
+    middles = (torch.arange(T_BINS) + 0.5) / T_BINS
+    run.plot(logit_normal(torch.special.ndtri(middles)))
+    run.pause(run.seconds() - begin)
+
+
+def compare_with_base(args, tr: Training, run: Run):
+    """After a growth: print the history, and the loss of base and grown model, which are equal if the growth
+    is function-preserving."""
+    if not args.base or parallel.RANK:
+        return
+    base, metadata = load_model(args.base)
+    if metadata["history"] == tr.metadata["history"]:
+        return
+    prompts = Prompts(tr.data.texts(), metadata, base.config.llm_dim, tr.device)
+    dataset = tr.data.held_out["val_loss"]
+    before = validation_loss(base.to(tr.device), dataset, prompts).mean().item()
+    after = validation_loss(whole_model(tr.ema, tr.device), dataset, tr.prompts).mean().item()
+    run.record(loss_before_growth=before, loss_after_growth=after)
+    print(history_tree(tr.metadata["history"]))
+    print(f"float32 loss {before:.6f} before growth, {after:.6f} after")
