@@ -1,42 +1,45 @@
 """The toy world: videos whose captions are true by construction.
 
-A text-to-video model is only as testable as its data. With clips from the internet "does the video show what
-the prompt says" is an opinion; here it is a measurement, because we drew the video and wrote the caption from
-one record, the `Scene`. Everything is procedural, so there is nothing to download, and any size and any
-number of frames can be rendered from the same scene: 32x32 to train on a laptop, 128x128 to look at.
+A text-to-video model is only as testable as its data. With clips from the internet it is an opinion whether a
+video shows what the prompt says. Here it is a measurement, because the video and the caption are made from
+one record, the `Scene`. Everything is procedural: there is nothing to download, and one scene can be rendered
+at any size and with any number of frames.
 
 **Scenes.** A scene has one to three actors (kind, colour, motion, perhaps a change and a count), a
-background, a camera and a seed. The seed decides what the caption does not say: where exactly, how large,
-which of several words. Scenes turn into JSON and back, and render to the same bits each time.
+background, a camera and a seed. The seed decides what the other fields do not say: the exact place and size,
+and which words the caption uses.
 
-**Two sets.** `basic` has one actor and short captions; the base model is pre-trained on it. `rich` has
-several actors, relations, counts, changes and camera moves, with long captions; grown models are trained on
-it, as ModelGrow (arXiv 2412.18966, section on data) continues with longer, more detailed captions than its
-base had. `both` alternates between the two, so that nothing is forgotten.
+**Two sets.** Scenes of `basic` have one actor, for the pre-training of a base model. Scenes of `rich` have
+several actors, relations, counts, changes and camera moves, for the training of grown models: ModelGrow
+(arXiv 2412.18966, section on data) also continues with longer, more detailed captions than those of its base.
+`both` alternates between the two, so that nothing is forgotten.
 
-**What is kept from training.** Three fixed lists make generalisation measurable: `HELD_OUT_PAIRS`, (kind,
-motion) pairs that never occur together (a cat never surfs); the second column of `WORDS`, words that
-never occur in a training caption (a *feline* that is *ascending*; the third column enriches captions); and
-`HELD_OUT_FORMS`, sentences built as no training caption is.
+**Held-out.** Three fixed lists make generalization measurable:
+- `HELD_OUT_PAIRS` of kind and motion never occur together in training. A cat never surfs.
+- The held-out words of `WORDS` never occur in a training caption. Each concept has two trained words, two
+  held-out ones (a *feline* that is *ascending*) and three more that enrich the vocabulary "varied".
+- `HELD_OUT_FORMS` are sentences that no training caption is built like.
 
-How a scene becomes pixels is another file, draw.py; real clips from a folder are a third, clips.py.
+**Format.** Scenes and captions are functions of the seed, by the order in which random numbers are drawn. Any
+change of this order is a new WORLD_VERSION (draw.py).
+
+draw.py turns scenes into pixels; clips.py has the same interface for a folder of real clips. Left out:
+negation, questions, several sentences about one actor's past, and languages other than English.
 """
 
 import argparse
 import functools
-import json
-import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from clips import Folder, check
-from draw import FPS, render, save_grid
+from draw import CAMERA_PATHS, Actor, Scene, render
+from machine import run_command
+from video import FPS, save_grid
 
-# Each concept: (words of all training captions), (words of none), (more words, of varied captions only).
+# Each concept: (trained words), (held-out words), (more words, which only the vocabulary "varied" uses too).
 # fmt: off
 WORDS = {
     "kind": {
@@ -105,16 +108,16 @@ WORDS = {
 # fmt: on
 KINDS, COLOURS, MOTIONS, BACKGROUNDS = (tuple(WORDS[c]) for c in ("kind", "colour", "motion", "background"))
 RELATIONS = ("left of", "right of", "above", "below")
-CAMERAS = ("still", "pan left", "pan right", "zoom in", "zoom out")
+CAMERAS = tuple(CAMERA_PATHS)
 SETS = {"basic": ("basic",), "rich": ("rich",), "both": ("basic", "rich")}
 CHANGES = ("turns", "grows", "shrinks")  # "turns" comes with a second colour: "turns blue"
 
-# One per kind and one per motion, so that both halves of every pair are well known apart from the other.
+# One per kind and one per motion: training shows both halves of every pair often, but never together.
 HELD_OUT_PAIRS = (
     ("cat", "surf"), ("dog", "spin"), ("fish", "up"), ("bird", "down"),
     ("car", "bounce"), ("rocket", "left"), ("boat", "still"), ("ball", "right"),
 )  # fmt: skip
-HELD_OUT_FORMS = (  # of one actor: {a} is its article, colour and kind
+HELD_OUT_FORMS = (  # sentences about one actor; {a} is its article, colour and kind
     "there is {a} {place}, and it is {motion}",
     "this is a video of {a}; {place} it is {motion}",
     "{motion} {place}: {a}",
@@ -124,7 +127,7 @@ HELD_OUT_FORMS = (  # of one actor: {a} is its article, colour and kind
     "look {place}, and you see how {a} is {motion}",
     "somebody filmed {a} that was {motion} while they were {place}",
 )
-PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or words not in training
+PROMPTS = (  # train.py samples them with fixed noise; the last four have held-out pairs or held-out words
     "a red cat moving left in a meadow",
     "a blue rocket rising at night",
     "a yellow dog surfing in the desert",
@@ -136,75 +139,58 @@ PROMPTS = (  # drawn at intervals with fixed noise; the last four hold pairs or 
 )
 
 
-@dataclass(frozen=True)
-class Actor:
-    """One actor, or `count` equal ones in a row. `change` is "", "grows", "shrinks" or "turns COLOUR"."""
-
-    kind: str
-    colour: str
-    motion: str
-    change: str = ""
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A clip before it is drawn. `relation` tells where actor 0 is as seen from actor 1 ("" for a single
-    actor)."""
-
-    actors: tuple[Actor, ...]
-    background: str
-    seed: int
-    relation: str = ""
-    camera: str = "still"
-
-    def to_json(self) -> str:
-        """-> one line of JSON that `from_json` turns back into an equal scene."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(line: str) -> "Scene":
-        """One line of `to_json` -> the scene."""
-        fields = json.loads(line)
-        return Scene(**{**fields, "actors": tuple(Actor(**a) for a in fields["actors"])})
-
-
 # --------------------------------------------------------------------------------------------------------
-# Drawing scenes at random
+# Random scenes
 
 
 def make_scene(which: str, seed: int, pairs: str = "train") -> Scene:
-    """A random scene of set `which`, "basic" or "rich". `pairs` of kind and motion: "train" avoids those of
-    `HELD_OUT_PAIRS`, "held_out" takes no others (basic only), "all" takes any."""
+    """A random scene of set `which`, "basic" or "rich". `pairs` of kind and motion: "train" avoids
+    HELD_OUT_PAIRS, "held_out" takes only them (basic only), "all" takes any."""
     rng = np.random.default_rng([seed, ("basic", "rich").index(which)])
-    pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
-    number = 1 if which == "basic" else int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3]))
+    rich = which == "rich"
+    number = int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])) if rich else 1
     actors = []
     for kind in rng.permutation(KINDS)[:number]:  # kinds differ, so that "the cat" is one actor
-        kind = str(kind)
-        kept = dict(HELD_OUT_PAIRS)[kind]  # from training
-        motion = kept if pairs == "held_out" else pick([m for m in MOTIONS if pairs == "all" or m != kept])
-        colour = pick(COLOURS)
-        change, count = "", 1
-        if which == "rich" and rng.random() < 0.35:
-            change = pick(CHANGES)
-            if change == "turns":
-                change += " " + pick([c for c in COLOURS if c != colour])
-        elif which == "rich" and rng.random() < 0.35 and not any(a.count > 1 for a in actors):
-            count = int(rng.integers(2, 4))
-        actors.append(Actor(kind, colour, motion, change, count))
-    relation = pick(RELATIONS) if number > 1 else ""
-    camera = pick(CAMERAS[1:]) if which == "rich" and rng.random() < 0.4 else "still"
-    return Scene(tuple(actors), pick(BACKGROUNDS), seed, relation, camera)
+        several = any(actor.count > 1 for actor in actors)
+        actors.append(random_actor(rng, str(kind), rich, several, pairs))
+    relation = choose(rng, RELATIONS) if number > 1 else ""
+    moves = rich and rng.random() < 0.4
+    camera = choose(rng, CAMERAS[1:]) if moves else "still"
+    return Scene(tuple(actors), choose(rng, BACKGROUNDS), seed, relation, camera)
+
+
+def random_actor(rng, kind: str, rich: bool, several: bool, pairs: str) -> Actor:
+    """An actor of `kind`. In a rich scene it may change, or there may be two or three of it, unless there are
+    already `several` of another actor."""
+    held_out = dict(HELD_OUT_PAIRS)[kind]
+    if pairs == "held_out":
+        motion = held_out
+    else:
+        motion = choose(rng, [m for m in MOTIONS if pairs == "all" or m != held_out])
+    colour = choose(rng, COLOURS)
+    change, count = "", 1
+    if rich and rng.random() < 0.35:
+        change = choose(rng, CHANGES)
+        if change == "turns":
+            change += " " + choose(rng, [c for c in COLOURS if c != colour])
+    elif rich and rng.random() < 0.35 and not several:
+        count = int(rng.integers(2, 4))
+    return Actor(kind, colour, motion, change, count)
+
+
+def choose(rng, options):
+    """One of `options`, each with the same chance."""
+    return options[rng.integers(len(options))]
 
 
 def make_scenes(which: str, count: int, seed: int = 0, pairs: str = "train") -> list[Scene]:
-    """`count` scenes of set `which`, or of "both" in turn; the same arguments give the same scenes, and other
-    seeds give other ones."""
+    """`count` scenes of set `which`, one of SETS. The same arguments give the same scenes; another seed gives
+    others, up to 10 million scenes. Raises ValueError for an unknown set."""
     if which not in SETS:
         raise ValueError(f"no set of scenes is called {which!r}; there are {', '.join(SETS)}")
     names = SETS[which]
-    return [make_scene(names[i % len(names)], seed * 10_000_000 + i, pairs) for i in range(count)]
+    first = seed * 10_000_000
+    return [make_scene(names[i % len(names)], first + i, pairs) for i in range(count)]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -230,132 +216,206 @@ SHOTS = {
 }  # fmt: skip
 
 
-def caption(scene: Scene, detail: str = "short", words: str = "train", omit: float = 0.0) -> str:
-    """What the scene shows, in words chosen by its seed, always the same ones.
+IRREGULAR_PLURALS = {
+    "kitty": "kitties", "puppy": "puppies", "tabby": "tabbies", "doggy": "doggies", "finch": "finches",
+    "trout": "trout", "salmon": "salmon", "carp": "carp", "tuna": "tuna",
+}  # fmt: skip
 
-    `detail` is "short" (one sentence), "detailed" (30 to 100 words: looks, setting, camera) or "reworded" (of
-    one actor, short, in one of `HELD_OUT_FORMS`). `words` is "train", "held_out" or "varied", which
-    is "train" and more. `omit` is the chance of leaving out colour, and that of leaving out background, each:
-    a training set with a few such captions teaches the model to choose for itself when a prompt is silent.
-    """
-    rng = np.random.default_rng([scene.seed, 1])
 
-    def word(concept, name):
+def article(phrase: str) -> str:
+    """ "an apricot cat" or "a red cat"."""
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun of WORDS."""
+    if noun.endswith("fish"):
+        return noun
+    return IRREGULAR_PLURALS.get(noun, noun + "s")
+
+
+class Words:
+    """Chooses the words for a scene at random, by the scene's seed. Each call draws random numbers, so their
+    order decides on the words: it is part of the format."""
+
+    def __init__(self, scene: Scene, vocabulary: str, drop_attribute: float):
+        self.rng = np.random.default_rng([scene.seed, 1])
+        self.vocabulary = vocabulary
+        self.drop_attribute = drop_attribute
+
+    def word(self, concept: str, name: str) -> str:
+        """A word or phrase for one of the names of WORDS[concept]."""
         trained, held_out, more = WORDS[concept][name]
-        options = {"train": trained, "held_out": held_out, "varied": trained + more}[words]
-        return options[rng.integers(len(options))]
+        options = {"train": trained, "held_out": held_out, "varied": trained + more}
+        return choose(self.rng, options[self.vocabulary])
 
-    def noun_phrase(actor):
-        noun = word("kind", actor.kind)
-        colour = "" if rng.random() < omit else word("colour", actor.colour) + " "
-        if actor.count == 1:
-            article = "an" if (colour or noun)[0] in "aeiou" else "a"
-            return f"{article} {colour}{noun}"
-        plural = {"kitty": "kitties", "puppy": "puppies", "tabby": "tabbies", "doggy": "doggies"}
-        plural |= {"finch": "finches"} | {n: n for n in ("trout", "salmon", "carp", "tuna")}
-        plural = noun if noun.endswith("fish") else plural.get(noun, noun + "s")
-        return f"{('two', 'three')[actor.count - 2]} {colour}{plural}"
+    def word_or_nothing(self, concept: str, name: str) -> str:
+        """A word, or "" with probability `drop_attribute`."""
+        return "" if self.rng.random() < self.drop_attribute else self.word(concept, name)
 
-    def change_phrase(actor, verb_s):
+    def noun_phrase(self, actor: Actor) -> str:
+        """ "a red cat", "two red cats"; without the colour with probability `drop_attribute`."""
+        noun = self.word("kind", actor.kind)
+        colour = self.word_or_nothing("colour", actor.colour)
+        if actor.count > 1:
+            noun = plural(noun)
+        phrase = f"{colour} {noun}" if colour else noun
+        return article(phrase) if actor.count == 1 else f"{('two', 'three')[actor.count - 2]} {phrase}"
+
+    def change_phrase(self, actor: Actor, singular: bool) -> str:
+        """ "grows", "turns bright red"; "grow" unless it is `singular`; "" for no change."""
         if not actor.change:
             return ""
         verb, *colour = actor.change.split()
-        verb = verb if verb_s else verb[:-1]
-        return f" {verb} {word('colour', colour[0])}" if colour else f" {verb}"
+        verb = verb if singular else verb.removesuffix("s")
+        return f"{verb} {self.word('colour', colour[0])}" if colour else verb
 
-    if detail == "reworded":
-        (actor,) = scene.actors
-        kind, colour = word("kind", actor.kind), word("colour", actor.colour)
-        return HELD_OUT_FORMS[rng.integers(len(HELD_OUT_FORMS))].format(
-            a=f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}", kind=kind, colour=colour,
-            motion=word("motion", actor.motion), place=word("background", scene.background),
-        )  # fmt: skip
-    place = "" if rng.random() < omit else word("background", scene.background)
-    others = scene.actors[1:]
-    if detail == "detailed":
-        sentences = []
-        for i, actor in enumerate(scene.actors):
-            where = f" {scene.relation} the {scene.actors[1].kind}" if i == 0 and others else ""
-            one = actor.count == 1
-            look = LOOKS[actor.kind]
-            sentences.append(
-                f"{noun_phrase(actor)} {look} {'is' if one else 'are'} {word('motion', actor.motion)}{where}"
-            )
-            if actor.change:
-                sentences.append(f"{'it' if one else 'each'} slowly{change_phrase(actor, True)}")
-        sentences.append(
-            f"the scene is {place}: {SETTINGS[scene.background]}" if place else SETTINGS[scene.background]
-        )
-        return " ".join(s[0].upper() + s[1:] + "." for s in sentences) + " " + SHOTS[scene.camera]
+
+def short_caption(scene: Scene, words: Words) -> str:
+    """One phrase: "a red cat moving left above two green fish spinning that grow in a meadow"."""
+    place = words.word_or_nothing("background", scene.background)
     phrases = []
     for actor in scene.actors:
-        change = change_phrase(actor, actor.count == 1)
-        phrases.append(
-            f"{noun_phrase(actor)} {word('motion', actor.motion)}" + (f" that{change}" if change else "")
-        )
-    if others:
-        phrases[0] = f"{phrases[0]} {scene.relation} {phrases.pop(1)}"
+        change = words.change_phrase(actor, actor.count == 1)
+        phrase = f"{words.noun_phrase(actor)} {words.word('motion', actor.motion)}"
+        phrases.append(f"{phrase} that {change}" if change else phrase)
+    if len(phrases) > 1:
+        first, second, *others = phrases
+        phrases = [f"{first} {scene.relation} {second}", *others]
     text = " and ".join(phrases)
     if not place:
         return text
-    return f"{text} {place}" if rng.random() < 0.7 else f"{place}, {text}"
+    return f"{text} {place}" if words.rng.random() < 0.7 else f"{place}, {text}"
+
+
+def detailed_caption(scene: Scene, words: Words) -> str:
+    """Several sentences: motion and looks of each actor, setting, camera. 4,000 scenes of each set had 27 to
+    82 words, with nothing left out."""
+    place = words.word_or_nothing("background", scene.background)
+    sentences = []
+    for i, actor in enumerate(scene.actors):
+        who = f"{words.noun_phrase(actor)} {LOOKS[actor.kind]}"
+        verb = "is" if actor.count == 1 else "are"
+        sentence = f"{who} {verb} {words.word('motion', actor.motion)}"
+        if i == 0 and len(scene.actors) > 1:
+            sentence += f" {scene.relation} the {scene.actors[1].kind}"
+        sentences.append(sentence)
+        if actor.change:
+            pronoun = "it" if actor.count == 1 else "each"
+            sentences.append(f"{pronoun} slowly {words.change_phrase(actor, True)}")
+    setting = SETTINGS[scene.background]
+    sentences.append(f"the scene is {place}: {setting}" if place else setting)
+    capitalized = [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
+    return " ".join([*capitalized, SHOTS[scene.camera]])
+
+
+def reworded_caption(scene: Scene, words: Words) -> str:
+    """One of HELD_OUT_FORMS. It leaves nothing out. Raises ValueError for a scene of several actors."""
+    (actor,) = scene.actors
+    kind = words.word("kind", actor.kind)
+    colour = words.word("colour", actor.colour)
+    form = choose(words.rng, HELD_OUT_FORMS)
+    motion = words.word("motion", actor.motion)
+    place = words.word("background", scene.background)
+    return form.format(a=article(f"{colour} {kind}"), kind=kind, colour=colour, motion=motion, place=place)
+
+
+CAPTION_STYLES = {"short": short_caption, "detailed": detailed_caption, "reworded": reworded_caption}
+
+
+def caption(scene: Scene, style="short", vocabulary="train", drop_attribute: float = 0.0) -> str:
+    """What the scene shows, in words chosen by its seed: the same arguments give the same caption.
+
+    `style` is one of CAPTION_STYLES; "reworded" is for scenes of one actor. `vocabulary` is "train",
+    "held_out" or "varied", which is "train" and three more words per concept. `drop_attribute` is the
+    probability of leaving out the colour of an actor, and also that of leaving out the background. From a few
+    such captions a model learns to choose for itself when a prompt does not say.
+    """
+    return CAPTION_STYLES[style](scene, Words(scene, vocabulary, drop_attribute))
+
+
+def captions_of(scenes, style="short", vocabulary="train", drop_attribute: float = 0.0) -> list[str]:
+    """The caption of each scene. Style "both" alternates between short and detailed."""
+    styles = ("short", "detailed") if style == "both" else (style,)
+    captions = []
+    for i, scene in enumerate(scenes):
+        turn = i // 2 % len(styles)  # // 2, because scenes of the set "both" alternate too
+        captions.append(caption(scene, styles[turn], vocabulary, drop_attribute))
+    return captions
 
 
 # --------------------------------------------------------------------------------------------------------
-# Data sets
+# The data set
 
 
 @functools.lru_cache(maxsize=6)
-def rendered(which, count, seed, pairs, frames, size):
-    """The clips of `make_scenes(which, count, seed, pairs)`, uint8 (count, 3, frames, size, size). The runs
-    of a study are of one process and draw the same ones, so the last few sets are kept."""
+def rendered(which, count, seed, pairs, frames, size, device):
+    """The scenes of `make_scenes(which, count, seed, pairs)`, and their clips as uint8 (count, 3, T, H, W) on
+    `device`, a name. The runs of a study are in one process and use the same ones, so the last few sets are
+    kept. Nobody may write into them."""
     scenes = make_scenes(which, count, seed, pairs)
-    chunks = [scenes[i : i + 128] for i in range(0, count, 128)]
-    bar = tqdm(chunks, "rendering clips", unit_scale=128, disable=count < 500)
-    return torch.cat([render(chunk, frames, size) for chunk in bar])
+    # 128 clips of 8 frames of 32x32 at once fit a CPU's caches. A GPU takes more, since it has large kernels.
+    pixels = 2**20 if device == "cpu" else 2**24
+    step = max(1, pixels // (frames * size * size))
+    videos = torch.empty(count, 3, frames, size, size, dtype=torch.uint8, device=device)
+    with tqdm(total=count, desc="rendering clips", disable=count < 500) as bar:
+        for start in range(0, count, step):
+            chunk = scenes[start : start + step]
+            videos[start : start + step] = render(chunk, frames, size, device)
+            bar.update(len(chunk))
+    return scenes, videos
 
 
-class ToyWorld:
-    """`count` clips of set `which` with captions, the same for the same seed. Captions are of one `detail`,
-    or of "both", short and detailed in turn.
+class ToyDataset:
+    """`count` clips of set `which` with captions, the same for the same seed. Seed 0 is for training, seed 1
+    for validation.
 
-    Clips are kept as uint8 in memory (`cache`, 25 kB for 8 frames of 32x32), or rendered each time they are
-    asked for.
+    caption_style, vocabulary, drop_attribute: as for `captions_of`.  pairs: as for `make_scene`.
+
+    scenes    list of N scenes
+    videos    uint8 (N, 3, T, H, W) on `device`, 25 kB a clip of 8 frames of 32x32
+    rows      int64 (N,) on `device`: clip i is videos[rows[i]], here videos[i]
+    captions  list of N texts
+    names     list of N names of clips, for messages
+    problems  what could not be read, and why: nothing
     """
 
     def __init__(
-        self, which="basic", count=16384, seed=0, frames=8, size=32, detail="short", words="train", omit=0.1,
-        cache=True, pairs="train",
+        self, which="basic", count=16384, seed=0, frames=8, size=32, caption_style="short",
+        vocabulary="train", drop_attribute=0.1, pairs="train", device="cpu",
     ):  # fmt: skip
-        self.scenes = make_scenes(which, count, seed, pairs)
-        self.names, self.problems = [f"{which} {scene.seed}" for scene in self.scenes], []
-        details = ("short", "detailed") if detail == "both" else (detail,)
-        self.captions = [  # i // 2, since sets alternate too
-            caption(scene, details[i // 2 % len(details)], words, omit) for i, scene in enumerate(self.scenes)
-        ]
-        self.frames, self.size = frames, size
-        self.videos = rendered(which, count, seed, pairs, frames, size) if cache else None
+        device = str(torch.device(device))
+        self.scenes, self.videos = rendered(which, count, seed, pairs, frames, size, device)
+        self.rows = torch.arange(count, device=device)
+        self.captions = captions_of(self.scenes, caption_style, vocabulary, drop_attribute)
+        self.names = [f"{which} {scene.seed}" for scene in self.scenes]
+        self.problems = []
 
     def __len__(self):
-        return len(self.scenes)
+        return len(self.captions)
 
-    def batch(self, rows):
-        """Row numbers -> clips (B, 3, T, H, W) float in [-1, 1], and their captions."""
-        rows = [int(i) for i in rows]
-        if self.videos is None:
-            videos = render([self.scenes[i] for i in rows], self.frames, self.size)
-        else:
-            videos = self.videos[rows]
-        return videos.float() / 127.5 - 1, [self.captions[i] for i in rows]
+    def batch(self, rows) -> torch.Tensor:
+        """Row numbers, a list or a LongTensor -> clips (B, 3, T, H, W), float32 in [-1, 1] on `device`."""
+        rows = torch.as_tensor(rows, device=self.rows.device)
+        return self.videos[self.rows[rows]].float() / 127.5 - 1
 
 
-def open_clips(data, part="train", count=16384, frames=8, size=32, detail="short", words="train", **folder):
-    """The clips that `--data` names, for the "train" or the "validation" `part`: `count` of the toy world, or
-    of a folder at most as many, for which `folder` are more arguments. Raises ValueError or OSError in one
-    line."""
-    if data in SETS:
-        return ToyWorld(data, count, ("train", "validation").index(part), frames, size, detail, words)
-    return Folder(data, part, frames, size, detail, count=count, **folder)
+# --------------------------------------------------------------------------------------------------------
+# The command
+
+
+def preview_scenes(which: str, seed: int) -> list[Scene]:
+    """Scenes for a preview: of "basic" every kind with every motion, held-out pairs too; else 32 scenes."""
+    if which != "basic":
+        return make_scenes(which, 32, seed)
+    rng = np.random.default_rng(seed)
+    scenes = []
+    for motion in MOTIONS:
+        for kind in KINDS:
+            actor = Actor(kind, str(rng.choice(COLOURS)), motion)
+            background = str(rng.choice(BACKGROUNDS))
+            scenes.append(Scene((actor,), background, seed * 10_000_000 + len(scenes)))
+    return scenes
 
 
 def main(argv=None):
@@ -363,43 +423,29 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Draw a labelled preview of the toy world, as PNG and as GIF, or of a folder of clips."
     )
-    parser.add_argument("--check", metavar="DIR", help="say what is in a folder of clips, and what is wrong")
-    parser.add_argument("--fps", type=float, default=FPS, help=f"of --check: frames per second ({FPS})")
-    parser.add_argument("--data", default="basic", choices=("basic", "rich"), help="set of scenes (basic)")
-    parser.add_argument(
-        "--captions", default="short", choices=("short", "detailed"), help="kind of caption (short)"
-    )
-    parser.add_argument("--size", type=int, default=128, help="pixels per side of a clip (128)")
-    parser.add_argument("--frames", type=int, default=8, help="frames per clip (8)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
-    parser.add_argument("--out", default="samples", help="folder to write into (samples)")
+    add = parser.add_argument
+    add("--check", metavar="DIR", help="say what is in a folder of clips, and what is wrong")
+    add("--fps", type=float, default=FPS, help=f"frames per second ({FPS}); a folder's clips are resampled")
+    add("--data", default="basic", choices=("basic", "rich"), help="set of scenes (basic)")
+    add("--captions", default="short", choices=("short", "detailed"), help="style of the captions (short)")
+    add("--size", type=int, default=128, help="pixels per side of a clip (128)")
+    add("--frames", type=int, default=8, help="frames per clip (8)")
+    add("--seed", type=int, default=0, help="another seed draws other scenes (0)")
+    add("--out", default="samples", help="folder to write into (samples)")
     args = parser.parse_args(argv)
     if args.check:
+        from clips import check
+
         return check(args.check, Path(args.out), args.frames, args.size, args.fps)
-    if args.data == "basic":  # every kind with every motion once, held-out pairs too
-        rng = np.random.default_rng(args.seed)
-        scenes = []
-        for motion in MOTIONS:
-            for kind in KINDS:
-                colour, background = rng.choice(COLOURS), rng.choice(BACKGROUNDS)
-                actor = Actor(kind, str(colour), motion)
-                scenes.append(Scene((actor,), str(background), args.seed * 10_000_000 + len(scenes)))
-    else:
-        scenes = make_scenes("rich", 32, args.seed)
+    scenes = preview_scenes(args.data, args.seed)
     videos = render(scenes, args.frames, args.size).permute(0, 2, 3, 4, 1).numpy()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    labels = [caption(scene, args.captions) for scene in scenes]
+    labels = captions_of(scenes, args.captions)
     for end in ("png", "gif"):
         path = Path(args.out) / f"preview-{args.data}.{end}"
-        save_grid(path, videos, labels)
+        save_grid(path, videos, labels, fps=args.fps)
         print(path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:  # whatever a user can mend
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)
