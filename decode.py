@@ -189,7 +189,7 @@ def start_worker():
 def decode_file(path: str, frames: int, size: int, fps: float, limit: float):
     """What a process of the pool does with one file -> as `decode`, and ""; or None, {} and the reason why
     the file is bad, in one line."""
-    faulthandler.dump_traceback_later(limit + 10, exit=True)  # the watchdog ends the process, in C code too
+    faulthandler.dump_traceback_later(limit + 10, exit=True, file=2)  # a watchdog: ends C code too
     try:
         return *decode(Path(path), frames, size, fps), ""
     except Exception as error:  # with a stranger's file a decoder may raise anything
