@@ -1,50 +1,48 @@
-"""Speed, measured and not assumed: `python bench.py attention|train|sample|data`.
+"""Speed, measured and not assumed: `python -m lab.bench attention|train|sample|data|gpu`.
 
-**A fair comparison** runs both sides in one process, in turn, many times. Whatever else the machine does then
-hits both; the ratio of two neighbours is taken each time, and its median and quartiles are what is printed. A
-first turn, in which memory is found and graphs are compiled, does not count.
+**A fair comparison** runs all sides in one process, in turn, many times. Whatever else the machine does then
+hits all of them. The ratio of two neighbours is taken each time, and its median and quartiles are printed. A
+first turn, in which memory is allocated and graphs are compiled, does not count.
 
-**The floor.** A transformer is matrix products. The machine's speed at those, measured here on large square
-ones in the same precision, bounds what a step can reach: its FLOPs (dit.py counts them) over that peak. What
-is printed as a share of the peak says how much of the time goes elsewhere: to memory, norms, the optimiser.
+**The floor.** A transformer is matrix products. The speed of the machine at large square ones in the same
+precision bounds what a step can reach: its FLOPs (`dit.count_flops`) over that peak. The share of the peak
+says how much of the time goes elsewhere: to memory, norms, the optimizer. The nominal peak of a GPU is that
+of its data sheet, for dense bf16.
 
-**Peers** are the video transformers of `diffusers` if that is installed: Wan's (full attention, one block for
-all, as here) and Latte's (space and time in turn, so half of its blocks are temporal), at the same number of
-tokens, channels, blocks, heads and channels of a patch, on the same clips and features, with the same loss,
-optimiser and precision. Neither they nor we recompute activations.
+**Peers** are two video transformers of `diffusers`, if that is installed: Wan's (full attention, one kind of
+block, as here) and Latte's (space and time in turn, so half of its blocks are temporal). They have the same
+number of tokens, channels, blocks, heads and channels of a patch, and the same clips, features, loss,
+optimizer and precision. Neither they nor we recompute activations.
 
-Left out: end-to-end comparisons with trained peers, whose weights are of another size by far.
+`gpu` runs the first two and more, in five minutes on one GPU (lab/bench_gpu.py). Left out: end-to-end
+comparisons with trained peers, whose weights are of another size by far.
 """
 
 import argparse
 import itertools
 import json
-import re
-import subprocess
-import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import attention as kernels
 from attention import attention
-from data import ToyWorld
+from data import ToyDataset
 from dit import PRESETS, DiT, DiTConfig, count_flops
-from evaluate import evaluate
 from flow import flow_loss
-from grow import randomise
-from reader import get_reader
-from report import attributes, markdown
-from sample import STEPS, autocast, newest_checkpoint, pick_device, pick_precision
-from study import machine
-from train import update_ema
+from lab.evaluate import evaluate
+from lab.reader import get_reader
+from lab.report import attribute_mean, markdown_table
+from lab.study import machine_name
+from machine import autocast, out_of_memory, pick_device, pick_precision, run_command
+from run import find_checkpoint, newest_checkpoint
 
-SHAPES = {  # of attention in training: (B, heads, N, L, d)
+SHAPES = {  # of attention in training on a CPU: (B, heads, N, L, d)
     "nano, self": (32, 4, 64, 64, 32),
     "tiny, self": (32, 4, 128, 128, 32),
     "tiny, text": (32, 4, 128, 16, 32),
@@ -53,272 +51,408 @@ SHAPES = {  # of attention in training: (B, heads, N, L, d)
     "small, self": (4, 6, 2048, 2048, 64),
     "small, text": (4, 6, 2048, 77, 64),
 }
+GPU_SHAPES = {
+    "small, self": (32, 6, 2048, 2048, 64),
+    "wide, self": (8, 12, 4096, 4096, 128),
+    "tiny, self": (256, 4, 128, 128, 32),
+    "small, text": (32, 6, 2048, 77, 64),
+}
+QUICK_SHAPES = {"self": (2, 2, 8, 8, 32), "text": (2, 2, 8, 5, 32)}
+SDPA_BACKENDS = {  # of a GPU
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+NOMINAL_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+
 PEER = DiTConfig(patch_time=2, patch_size=4, width=256, depth=6, heads=4)  # 256 tokens
+QUICK = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=32, depth=1, heads=2)
+TEXT_LENGTH = 32  # tokens of the prompts of a step
 
 
-def alternate(sides, repeats) -> dict[str, list[float]]:
-    """{name: something to call} -> {name: seconds of each of its `repeats` calls}, all sides in turn."""
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share."""
+
+    device: torch.device
+    precision: torch.dtype | None  # of autocast, as from `pick_precision`
+    repeats: int = 20  # turns of each side
+    quick: bool = False  # tiny sizes, to see that everything works
+    checkpoint: Path | None = None  # that part sample draws with; None: the newest
+    count: int = 200  # prompts of part sample
+    minutes: float = 5.0  # of part gpu
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        return self.precision or torch.float32
+
+    @property
+    def gpu(self) -> bool:
+        """Whether this is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tools
+
+
+def alternate(sides, repeats, calls=1) -> dict[str, list[float]]:
+    """{name: a function} -> {name: seconds of a call, in each of `repeats` turns}, all sides in turn. On a
+    GPU several `calls` without a pause hide the time of a launch."""
     seconds = {name: [] for name in sides}
     for turn in tqdm(range(repeats + 1), "turns", leave=False):
         for name, run in sides.items():
             begin = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
+            if turn > 0:
+                seconds[name].append((time.perf_counter() - begin) / calls)
     return seconds
 
 
 def ratio(seconds, name, other) -> str:
     """How many times as long `name` takes as `other`: the median over turns, and the quartiles."""
-    low, middle, high = np.percentile(np.divide(seconds[name], seconds[other]), (25, 50, 75))
+    ratios = np.divide(seconds[name], seconds[other])
+    low, middle, high = np.percentile(ratios, (25, 50, 75))
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def peak(device, precision, n=2048) -> float:
-    """FLOP/s of a product of two n x n matrices, the best of some."""
-    a, b = torch.randn(2, n, n, device=device, dtype=precision or torch.float32)
-    return 2 * n**3 / min(alternate({"product": lambda: a @ b}, 10)["product"])
+def matmul_peak(bench) -> float:
+    """FLOP/s of a product of two large random matrices, the best of ten."""
+    n = 64 if bench.quick else 8192 if bench.gpu else 2048
+    a, b = torch.randn(2, n, n, device=bench.device, dtype=bench.dtype)
+    times = alternate({"product": lambda: a @ b}, 10)["product"]
+    return 2 * n**3 / min(times)
 
 
-# --------------------------------------------------------------------------------------------------------
-# What is measured
+def nominal_peak() -> float | None:
+    """FLOP/s of this GPU by its data sheet; None if it is not in the list."""
+    words = torch.cuda.get_device_name().replace("-", " ").split() if torch.cuda.is_available() else []
+    return next((peak for name, peak in NOMINAL_PEAKS.items() if name in words), None)
 
 
-def kernel_resources():
-    """Compile the Triton kernels for GPUs that need not be here -> rows (GPU, kernel, type, d, registers of a
-    thread, bytes of shared memory, bytes spilled to slow memory). Raises ImportError without triton."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    known = {"mask": "*u8", "log_sums": "*fp32", "deltas": "*fp32", "scale": "fp32"}
-    known |= dict.fromkeys("HNL", "i32") | dict.fromkeys(("MASKED", "D", "TILE"), "constexpr")
-    made = (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel)
-    for sm, kernel, dtype, d in itertools.product((80, 90), made, kernels.DTYPES, kernels.HEAD_DIMS):
-        signature = {name: known.get(name, f"*{names[dtype]}") for name in kernel.arg_names}
-        fixed = {"MASKED": True, "D": d, "TILE": kernels.tile_size(dtype, d)}
-        pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
-        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as tensors are
-        source = ASTSource(kernel, signature, fixed, aligned)
-        built = triton.compile(source, GPUTarget("cuda", sm, 32), options=kernels.LAUNCH)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(built.asm["cubin"])
-            told = subprocess.run([tool, "-res-usage", file.name], stdout=-1, text=True, check=True)
-        used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told.stdout)
-        registers, stack, local = map(int, used.groups())
-        shared = built.metadata.shared
-        yield f"sm_{sm}", kernel.__name__, names[dtype], d, registers, shared, stack + local
+def attention_inputs(shape, device, dtype):
+    """(B, heads, N, L, d) -> q, k, v, which want gradients, and if N and L differ a mask for prompts of 1 to
+    L tokens, else None."""
+    B, H, N, L, d = shape
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for n in (N, L, L):
+        x = torch.randn(B, H, n, d, generator=generator, device=device, dtype=dtype)
+        tensors.append(x.requires_grad_())
+    if N == L:
+        return (*tensors, None)
+    lengths = torch.linspace(1, L, B, device=device).unsqueeze(1)
+    return (*tensors, torch.arange(L, device=device) < lengths)
 
 
-def bench_attention(args):
-    """Forward and backward of each backend at the training shapes; what the kernel would use on a GPU."""
-    device = pick_device(args.device)
-    precision = pick_precision("auto", device) or torch.float32
-    backends = ["sdpa", "eager", *(["triton"] if device.type == "cuda" and kernels.triton else [])]
-    rows, seconds = [], {}
-    for shape_name, (B, H, N, L, d) in SHAPES.items():
-        q, k, v = (
-            torch.randn(B, H, n, d, device=device, dtype=precision, requires_grad=True) for n in (N, L, L)
-        )
-        mask = torch.ones(B, L, dtype=torch.bool, device=device) if N != L else None
-        for passes in ("forward", "forward and backward"):
-
-            def run(backend, train=passes != "forward", given=(q, k, v, mask)):
-                with torch.set_grad_enabled(train):
-                    out = attention(*given, backend)
-                    if train:
-                        torch.autograd.grad(out, given[:3], torch.ones_like(out))
-
-            times = alternate({backend: partial(run, backend) for backend in backends}, args.repeats)
-            seconds[f"{shape_name}, {passes}"] = times
-            medians = [f"{1e3 * np.median(times[backend]):.2f}" for backend in backends]
-            ratios = [ratio(times, backend, "sdpa") for backend in backends[1:]]
-            rows.append([shape_name, f"{B} x {H} x {N} x {L} x {d}", passes, *medians, *ratios])
-    titles = ["attention", "B x heads x N x L x d", "passes", *(f"{b}, ms" for b in backends)]
-    print(markdown([*titles, *(f"{b} over sdpa" for b in backends[1:])], rows))
-    resources = []
-    if kernels.triton:
-        resources = list(tqdm(kernel_resources(), "compiling the kernel", total=54, leave=False))
-        titles = ["GPU", "kernel", "type", "d", "registers", "shared memory", "spilled"]
-        print("\n" + markdown(titles, [map(str, row) for row in resources]))
-    return {"seconds": seconds, "resources": resources}
+def run_attention(inputs, backend, backward):
+    """One forward pass of attention, and with `backward` the gradients of q, k and v. backend: one of
+    attention.py, or one of SDPA_BACKENDS. Raises RuntimeError if that one cannot do it."""
+    only = SDPA_BACKENDS.get(backend)
+    kernels = [only] if only else [*SDPA_BACKENDS.values(), SDPBackend.MATH]
+    with torch.set_grad_enabled(backward), sdpa_kernel(kernels):
+        out = attention(*inputs, "sdpa" if only else backend)
+        if backward:
+            torch.autograd.grad(out, inputs[:3], out.detach())
 
 
-def stepper(model, forward, clips, prompt, precision):
-    """A training step of `model` as something to call: loss, gradients, clipping, AdamW. `forward` takes
-    (x_t, t, features, mask) and predicts a clip."""
+def can_run(inputs, backend) -> bool:
+    """Whether a backend of sdpa takes these inputs."""
+    try:
+        run_attention(inputs, backend, True)
+    except RuntimeError as error:
+        if out_of_memory(error) or backend not in SDPA_BACKENDS:
+            raise
+        return False
+    return True
+
+
+def training_step(model, forward, clips, prompt, precision):
+    """A training step of `model` as a function: loss, gradients, clipping, AdamW. `forward` takes (x_t, t,
+    features, mask) and predicts a clip."""
     device = clips.device
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    t, noise = torch.rand(len(clips), device=device), torch.randn_like(clips)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    t = torch.rand(len(clips), device=device)
+    noise = torch.randn_like(clips)
 
     def step():
         with autocast(device, precision):
             loss = flow_loss(forward, clips, t, noise, prompt).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
-def peers(config, device) -> dict:
-    """Peers of a DiT of `config` -> {name: (model, forward)}; none without diffusers."""
-    try:
-        from diffusers import LatteTransformer3DModel, WanTransformer3DModel
-    except ImportError:
-        return {}
-    head = config.width // config.heads
-    pt, ps, hidden = config.patch_time, config.patch_size, config.mlp_ratio * config.width
-    wan = WanTransformer3DModel(
-        patch_size=(pt, ps, ps), num_attention_heads=config.heads, attention_head_dim=head, in_channels=3,
-        out_channels=3, text_dim=config.text_dim, freq_dim=256, ffn_dim=hidden, num_layers=config.depth,
-    ).to(device)  # fmt: skip
-    latte = LatteTransformer3DModel(  # a frame is a token in time, so `pt` frames are stacked as channels
-        num_attention_heads=config.heads, attention_head_dim=head, in_channels=3 * pt, out_channels=3 * pt,
-        num_layers=config.depth // 2, attention_bias=True, sample_size=config.size, patch_size=ps,
-        activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single",
-        norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=config.text_dim,
+def random_batch(config, count, device):
+    """`count` clips and prompts for a model of `config`."""
+    clips = torch.randn(count, 3, config.frames, config.size, config.size, device=device)
+    features = torch.randn(count, TEXT_LENGTH, config.text_dim, device=device)
+    mask = torch.ones(count, TEXT_LENGTH, dtype=torch.bool, device=device)
+    return clips, (features, mask)
+
+
+def our_step(config, count, bench, compiled):
+    """A training step of a DiT of `config` with `count` clips, as a function."""
+    model = DiT(config).to(bench.device)
+    for parameter in model.parameters():  # zeros would cost a GPU less power
+        torch.nn.init.normal_(parameter, std=0.02)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    clips, prompt = random_batch(config, count, bench.device)
+    return training_step(model, model, clips, prompt, bench.precision)
+
+
+def wan_like(config):
+    """Wan's transformer with the sizes of `config` -> (model, forward). Raises ImportError without
+    diffusers."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(config.patch_time, config.patch_size, config.patch_size),
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=3,
+        out_channels=3,
+        text_dim=config.text_dim,
+        freq_dim=256,
+        ffn_dim=config.mlp_ratio * config.width,
+        num_layers=config.depth,
+    )
+
+    def forward(x, t, text, mask):
+        return model(x, 1000 * t, text, return_dict=False)[0]
+
+    return model, forward
+
+
+def latte_like(config):
+    """Latte's transformer with the sizes of `config` -> (model, forward). A frame is a token in time there,
+    so `patch_time` frames are stacked as channels. Raises ImportError without diffusers."""
+    from diffusers import LatteTransformer3DModel
+
+    pt = config.patch_time
+    model = LatteTransformer3DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=3 * pt,
+        out_channels=3 * pt,
+        num_layers=config.depth // 2,  # each has a spatial and a temporal block
+        attention_bias=True,
+        sample_size=config.size,
+        patch_size=config.patch_size,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=config.text_dim,
         video_length=config.frames // pt,
-    ).to(device)  # fmt: skip
+    )
 
-    def of_wan(x, t, text, mask):
-        return wan(x, 1000 * t, text, return_dict=False)[0]
-
-    def of_latte(x, t, text, mask):
+    def forward(x, t, text, mask):
         stacked = x.unflatten(2, (-1, pt)).transpose(2, 3).flatten(1, 2)  # (B, 3 pt, T / pt, H, W)
-        out = latte(stacked, 1000 * t, text, mask, return_dict=False)[0]
+        out = model(stacked, 1000 * t, text, mask, return_dict=False)[0]
         return out.unflatten(1, (3, pt)).transpose(2, 3).flatten(2, 3)
 
-    return {"Wan": (wan, of_wan), "Latte": (latte, of_latte)}
+    return model, forward
 
 
-def bench_train(args):
-    """A training step, eager and compiled, beside the peers; and how its cost grows."""
-    device = pick_device(args.device)
-    precision = pick_precision("auto", device)
-    best = peak(device, precision)
-    print(f"{str(precision or torch.float32)[6:]} matrix products: {best / 1e9:.0f} GFLOP/s at their best")
+def peer_step(make, config, count, bench):
+    """A training step of a peer of a DiT of `config`, as a function. Raises ImportError without diffusers."""
+    model, forward = make(config)
+    model.to(bench.device)
+    clips, prompt = random_batch(config, count, bench.device)
+    return training_step(model, forward, clips, prompt, bench.precision)
 
-    def batch(config, count):
-        clips = torch.randn(count, 3, config.frames, config.size, config.size, device=device)
-        features = torch.randn(count, 32, config.text_dim, device=device)
-        return clips, (features, torch.ones(count, 32, dtype=torch.bool, device=device))
 
-    def ours(config, count, compiled):
-        model = randomise(DiT(config)).to(device)
-        for block in model.blocks if compiled else ():
-            block.compile()
-        return stepper(model, model, *batch(config, count), precision)
+# --------------------------------------------------------------------------------------------------------
+# Parts
 
-    result = {"peak": best}
-    for name, config, count in (("tiny", PRESETS["tiny"], 32), ("width 256, 6 blocks", PEER, 16)):
-        sides = {"eager": ours(config, count, False), "compiled": ours(config, count, True)}
-        if config is PEER:
-            for peer, (model, forward) in peers(config, device).items():
-                sides[peer] = stepper(model, forward, *batch(config, count), precision)
-        times = alternate(sides, args.repeats)
-        flops = count * count_flops(DiT(config), [32])
-        rows = []
+
+def bench_attention(bench):
+    """Forward and backward pass of each backend at the shapes of training."""
+    shapes = QUICK_SHAPES if bench.quick else GPU_SHAPES if bench.gpu else SHAPES
+    backends = ["sdpa", "triton", *SDPA_BACKENDS] if bench.gpu else ["sdpa", "eager"]
+    calls = 20 if bench.gpu else 1
+    rows, result = [], {}
+    for name, shape in shapes.items():
+        inputs = attention_inputs(shape, bench.device, bench.dtype)
+        able = [backend for backend in backends if can_run(inputs, backend)]
+        for passes in ("forward", "forward and backward"):
+            sides = {
+                backend: partial(run_attention, inputs, backend, passes != "forward") for backend in able
+            }
+            times = alternate(sides, bench.repeats, calls)
+            cells = [f"{name}: {' x '.join(map(str, shape))}", passes]
+            for backend in backends:
+                cells.append(f"{1e3 * np.median(times[backend]):.3f}" if backend in able else "cannot")
+            rows.append([*cells, ratio(times, backends[1], "sdpa")])
+            result[f"{name}, {passes}"] = times
+    titles = [f"{backend}, ms" for backend in backends]
+    titles = ["B x heads x N x L x d", "passes", *titles, f"{backends[1]} over sdpa"]
+    return markdown_table(titles, rows), result
+
+
+def step_cases(bench) -> list:
+    """(name, config, clips of a step, whether to compare with the peers) of part train."""
+    if bench.quick:
+        return [("quick", QUICK, 2, True)]
+    if not bench.gpu:
+        return [("tiny", PRESETS["tiny"], 32, False), ("width 256, 6 blocks", PEER, 16, True)]
+    cases = [("width 256, 6 blocks", PEER, 128, True)]
+    for name, config in PRESETS.items():
+        count = {"nano": 64, "tiny": 32, "small": 32}.get(name, 16)
+        cases.append((name, config, count, name == "small"))
+    return cases
+
+
+def make_sides(config, count, with_peers, bench) -> tuple[dict, dict]:
+    """The training steps to compare -> {name: a function}, and {name: GiB that it needs} on a GPU."""
+    makers = {"eager": partial(our_step, config, count, bench, False)}
+    if not bench.quick:  # compiling takes a minute
+        makers["compiled"] = partial(our_step, config, count, bench, True)
+    for name, make in (("Wan", wan_like), ("Latte", latte_like)) if with_peers else ():
+        makers[name] = partial(peer_step, make, config, count, bench)
+    sides, memory = {}, {}
+    for name, make in makers.items():
+        if bench.gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        try:
+            sides[name] = make()
+        except ImportError:  # no diffusers
+            continue
+        sides[name]()
+        if bench.gpu:
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return sides, memory
+
+
+def bench_train(bench):
+    """A training step, eager and compiled, beside the peers."""
+    peak = matmul_peak(bench)
+    text = [f"Matrix products in {str(bench.dtype)[6:]}: at best {peak / 1e12:.4g} TFLOP/s."]
+    rows, result = [], {"peak": peak}
+    for name, config, count, with_peers in step_cases(bench):
+        torch.compiler.reset()
+        label = f"{name} ({count} clips of {config.tokens()} tokens)"
+        try:
+            sides, memory = make_sides(config, count, with_peers, bench)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            rows.append([label, "out of memory", *[""] * 6])
+            continue
+        times = alternate(sides, bench.repeats)
+        flops = count * count_flops(DiT(config), [TEXT_LENGTH])
         for side, seconds in times.items():
-            share = f"{flops / np.median(seconds) / best:.2f}" if side in ("eager", "compiled") else ""
-            speed = f"{count / np.median(seconds):.1f}"
-            rows.append([side, speed, *(ratio(times, side, s) for s in ("eager", "compiled")), share])
-        print(f"\n{name}, {config.tokens()} tokens, batch {count}:")
-        titles = ["step", "clips/s", "time over eager", "time over compiled", "share of the peak"]
-        print(markdown(titles, rows))
-        result[name] = times
-    print("\nThe exponents of cost: a step takes about as long as the size to the power of")
-    ways = {
-        "tokens": [(replace(PEER, frames=8 * n), 4) for n in (1, 2, 4, 8)],
-        "depth": [(replace(PEER, depth=2 * n), 4) for n in (1, 2, 4, 8)],
-        "batch": [(PEER, 2 * n) for n in (1, 2, 4, 8)],
-    }
-    rows = []
-    for way, sizes in ways.items():
-        sides = {2**i: ours(config, count, False) for i, (config, count) in enumerate(sizes)}
-        times = alternate(sides, max(3, args.repeats // 3))
-        medians = [np.median(seconds) for seconds in times.values()]
-        exponent = np.polyfit(np.log(list(times)), np.log(medians), 1)[0]
-        told = ", ".join(f"{1e3 * m:.0f}" for m in medians)
-        rows.append([way, f"{exponent:.2f}", told])
-        result[f"cost over {way}"] = times
-    print(markdown(["size", "exponent", "ms at 1, 2, 4 and 8 times of it"], rows))
-    return result
+            speed = flops / np.median(seconds)
+            cells = [label, side, f"{count / np.median(seconds):.1f}", ratio(times, side, "eager")]
+            if side in ("eager", "compiled"):
+                nominal = f"{speed / nominal_peak():.2f}" if nominal_peak() else ""
+                cells += [f"{speed / 1e12:.4g}", f"{speed / peak:.2f}", nominal]
+            else:  # the FLOPs of peers are not counted
+                cells += [""] * 3
+            rows.append([*cells, f"{memory[side]:.1f}" if side in memory else ""])
+        result[label] = {"seconds": times, "GiB": memory}
+    titles = ["model", "step", "clips/s", "time over eager", "TFLOP/s", "of this peak", "of nominal", "GiB"]
+    text.append(markdown_table(titles, rows))
+    return "\n\n".join(text), result
 
 
-def bench_sample(args):
-    """Scores and time over the number of steps of the solver, of the newest run: a table and a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    checkpoint, reader, points = newest_checkpoint(), get_reader(), {}
-    for steps in (1, 2, 3, 4, 6, 8, 10, 16, 32):
+def bench_sample(bench):
+    """Scores and time over the number of steps of the solver."""
+    checkpoint = bench.checkpoint or newest_checkpoint()
+    reader = get_reader()
+    rows, result = [], {}
+    for steps in (1, 2) if bench.quick else (1, 2, 3, 4, 6, 8, 10, 16, 20, 32):
         begin = time.perf_counter()
-        scores = evaluate(checkpoint, reader, args.count, steps, only=("seen",))["seen"]
-        seconds = (time.perf_counter() - begin) / args.count
-        right = {"mean of the attributes": attributes(scores), "all right": scores["all"]}
-        points[steps] = {**right, "s per clip": seconds}
-    rows = [[str(steps), *(f"{value:.3f}" for value in row.values())] for steps, row in points.items()]
-    print(markdown(["steps", *points[1]], rows))
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for title in right:
-        axes.plot(list(points), [row[title] for row in points.values()], "o-", label=title)
-    axes.axvline(STEPS, color="0.7", zorder=0, label=f"the default, {STEPS}")
-    axes.set(xscale="log", xlabel="steps (Heun)", ylabel="share right", ylim=(0, 1), xticks=list(points))
-    axes.set_xticklabels(points)
-    axes.minorticks_off()
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(Path(args.out).with_suffix(".png"), dpi=100)
-    return points
+        scores = evaluate(checkpoint, reader, bench.count, steps, device=str(bench.device), only=("seen",))
+        seconds = (time.perf_counter() - begin) / bench.count
+        right = attribute_mean(scores["seen"])
+        rows.append([str(steps), f"{right:.3f}", f"{scores['seen']['all']:.3f}", f"{seconds:.3f}"])
+        result[steps] = {"scores": scores["seen"], "seconds per clip": seconds}
+    table = markdown_table(["steps", "mean of the attributes", "all right", "s per clip"], rows)
+    return f"{checkpoint}, {bench.count} seen prompts:\n\n{table}", result
 
 
-def bench_data(args):
-    """How long a step waits for its clips: rendered as they are needed, or taken from memory."""
-    world, device = ToyWorld("rich", 512, 0), pick_device(args.device)
-    rows, seeds = torch.randint(len(world), (32,)), itertools.count()
-    config = PRESETS["tiny"]
-    clips = world.batch(rows)[0].to(device)
-    prompt = torch.randn(32, 64, config.text_dim, device=device), torch.ones(32, 64, device=device) > 0
-    model = DiT(config).to(device)
-    ema = DiT(config).to(device).requires_grad_(False)
-    step = stepper(model, model, clips, prompt, pick_precision("auto", device))
+def bench_data(bench):
+    """How long a step waits for its clips: rendered when they are needed, or taken from memory."""
+    count = 4 if bench.quick else 32
+    dataset = ToyDataset("rich", 16 * count, seed=0, device=bench.device)
+    rows = torch.randint(len(dataset), (count,), device=bench.device)
+    seeds = itertools.count(1)
+
+    def render_clips():
+        ToyDataset("rich", count, seed=next(seeds), device=bench.device)
+
     sides = {
-        "a step": lambda: (step(), update_ema(ema, model, 1, 0.99)),
-        "clips from memory": lambda: world.batch(rows),
-        "clips rendered": lambda: ToyWorld("rich", 32, next(seeds)).batch(range(32)),
+        "a step of tiny": our_step(QUICK if bench.quick else PRESETS["tiny"], count, bench, False),
+        "clips from memory": partial(dataset.batch, rows),
+        "clips rendered": render_clips,
     }
-    times = alternate(sides, args.repeats)
-    rows = [[name, f"{1e3 * np.median(s):.1f}", ratio(times, name, "a step")] for name, s in times.items()]
-    print(markdown(["32 clips", "ms", "over a step"], rows))
-    return times
+    times = alternate(sides, bench.repeats)
+    cells = []
+    for name, seconds in times.items():
+        cells.append([name, f"{1e3 * np.median(seconds):.1f}", ratio(times, name, "a step of tiny")])
+    return markdown_table([f"{count} clips", "ms", "over a step"], cells), times
+
+
+def bench_gpu(bench):
+    """Everything about one GPU."""
+    from lab.bench_gpu import SECTIONS, run_sections
+
+    return run_sections(SECTIONS, bench)
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command. A part returns a text with tables, and numbers for JSON.
+
+PARTS = {
+    "attention": bench_attention,
+    "train": bench_train,
+    "sample": bench_sample,
+    "data": bench_data,
+    "gpu": bench_gpu,
+}
 
 
 def main(argv=None):
-    """Measure: `python bench.py train`."""
-    parts = {"attention": bench_attention, "train": bench_train, "sample": bench_sample, "data": bench_data}
-    parser = argparse.ArgumentParser(description="Measure speed; prints a table and writes JSON.")
-    parser.add_argument("part", choices=parts, help="what to measure")
-    parser.add_argument("--repeats", type=int, default=20, help="turns of each side (20)")
-    parser.add_argument("--count", type=int, default=200, help="prompts that sample scores (200)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
-    parser.add_argument("--out", help="file for the numbers (runs/bench-PART.json)")
+    """Measure: `python -m lab.bench train`."""
+    parser = argparse.ArgumentParser(description="Measure speed; writes tables as Markdown, numbers as JSON.")
+    add = parser.add_argument
+    add("part", choices=PARTS, help="what to measure")
+    add("--repeats", type=int, default=20, help="turns of each side (20)")
+    add("--count", type=int, default=200, help="prompts that sample scores (200)")
+    add("--checkpoint", help="run or checkpoint for sample (the newest run, else pretrained/)")
+    add("--minutes", type=float, default=5.0, help="that gpu may take (5)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
+    add("--quick", action="store_true", help="tiny sizes and one turn, to see that everything works")
+    add("--out", help="JSON file for the numbers; tables go beside it (runs/bench-PART.json)")
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/bench-{args.part}.json"
-    out = Path(args.out)
+    device = pick_device(args.device)
+    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else None
+    repeats, count = (1, 2) if args.quick else (args.repeats, args.count)
+    precision = pick_precision("auto", device)
+    bench = Bench(device, precision, repeats, args.quick, checkpoint, count, args.minutes)
+    out = Path(args.out or f"runs/bench-{args.part}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(machine())
-    result = parts[args.part](args)
-    out.write_text(json.dumps({"machine": machine(), "arguments": vars(args), "result": result}, indent=1))
-    print(f"written to {out}")
+    text, result = PARTS[args.part](bench)
+    text = f"{machine_name()}\n\n{text}\n"
+    print(text)
+    out.with_suffix(".md").write_text(text)
+    numbers = {"machine": machine_name(), "arguments": vars(args), "result": result}
+    out.write_text(json.dumps(numbers, indent=1))
+    print(f"written to {out} and {out.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "close other programs, or give --quick")
