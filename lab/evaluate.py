@@ -7,14 +7,14 @@ model. All this is printed with every evaluation.
 
 **What is scored.** Clips for new scenes in the words of training, for held-out pairs (no training clip shows
 a surfing cat), held-out words (a *feline*), held-out sentence forms, and for several actors, in one sentence
-or in a long prompt. A score is the share of clips, or of actors, with the right subject, colour, motion and so
-on, and of clips with everything right. The validation loss is taken at fixed noise.
+or in a long prompt. A score is the share of clips, or of actors, with the right subject, colour, motion and
+so on, and of clips with everything right. The validation loss is taken at fixed noise.
 
 **By the names of other benchmarks.** VBench (arXiv 2311.17982) and T2V-CompBench (arXiv 2407.14505), with
-which ModelGrow was measured, ask the same questions about real videos. `BENCHMARK_NAMES` in lab/report.py says
-which score here corresponds to which there, and `NOT_COVERED` what does not. `temporal_consistency` follows
-VBench's formulas, with the reader's features instead of DINO and CLIP, and with the mean of two frames
-instead of a network that interpolates between them.
+which ModelGrow was measured, ask the same questions about real videos. `BENCHMARK_NAMES` in lab/report.py
+says which score here corresponds to which there, and `NOT_COVERED` what does not. `temporal_consistency`
+follows VBench's formulas, with the reader's features instead of DINO and CLIP, and with the mean of two
+frames instead of a network that interpolates between them.
 
 Left out: picture quality, and preferences of people.
 """
@@ -54,8 +54,7 @@ CHUNK = 128  # clips that the reader sees at once
 
 
 def predict(reader, videos):
-    """What the reader answers for clips (B, 3, T, H, W) in [-1, 1], chunk by chunk -> dict of tensors, as from
-    `Reader.forward`."""
+    """Clips (B, 3, T, H, W) in [-1, 1] -> dict of tensors, as from `Reader.forward`, chunk by chunk."""
     parts = [reader(chunk.float()) for chunk in videos.split(CHUNK)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -91,8 +90,8 @@ def score(reader, videos, scenes) -> dict[str, float]:
 
 
 def actor_answers(reader, videos, pred, target) -> dict:
-    """What is asked about single actors -> {name: (of which actors it is asked, whether the reader's answer is
-    right)}, each (B, kinds) bool."""
+    """The questions about single actors -> {name: (of which actors it is asked, whether the reader's answer
+    is right)}, each (B, kinds) bool."""
     present = target["presence"].bool()
     first, last = target["colour"].unbind(-1)
     turns = first != last
@@ -157,7 +156,7 @@ def score_several(reader, videos, scenes) -> dict[str, float]:
 
 
 def neighbour_similarity(features) -> float:
-    """VBench's consistency of features (B, T, C): the mean cosine to the first frame and to the one before."""
+    """Features (B, T, C) -> VBench's consistency: the mean cosine to the first and to the previous frame."""
     now = features[:, 1:]
     to_first = F.cosine_similarity(now, features[:, :1], dim=-1)
     to_previous = F.cosine_similarity(now, features[:, :-1], dim=-1)
@@ -227,8 +226,8 @@ def prompt_sets(count) -> dict[str, tuple[list, list[str]]]:
 
 
 def check_proof(proof, count):
-    """Raise ValueError unless the reader is right on true clips and at chance on shuffled captions, where five
-    standard errors of `count` clips are allowed."""
+    """Raise ValueError unless the reader is right on true clips and, within five standard errors of `count`
+    clips, at chance on shuffled captions."""
     for clips in ("true clips", "true clips of held-out pairs"):
         for name in (*ATTRIBUTES, "place"):
             right = proof[clips][name]
@@ -272,8 +271,8 @@ def prove(reader, count=1024) -> dict[str, dict[str, float]]:
 def sample_clips(
     model, prompts, captions, steps=STEPS, guidance=GUIDANCE, seed=0, precision=None, title=None
 ):  # fmt: skip
-    """A clip for each caption -> (B, 3, T, H, W), about in [-1, 1], on the model's device. The noise comes from
-    the CPU, so that it agrees on all machines. `title` names a progress bar."""
+    """A clip for each caption -> (B, 3, T, H, W), about in [-1, 1], on the model's device. The noise comes
+    from the CPU, so that it agrees on all machines. `title` names a progress bar."""
     device = next(model.parameters()).device
     config = model.config
     shape = (len(captions), 3, config.frames, config.size, config.size)

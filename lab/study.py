@@ -4,11 +4,11 @@ ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the
 expansion with a language model. This study has four parts. Each has a base per seed, from which its arms
 continue:
 
-**language** - does a language model help? Every arm continues for as many steps on the same clips and captions
-in the same order, with or without a branch that reads the hidden states of an LLM. Half of the captions are
-then hidden from the small encoder (train.py). There are two controls. In one the LLM reads the caption of
-another clip: what is gained then comes from the parameters. In the other the new branch reads MiniLM once
-more: what is gained then comes from a second branch.
+**language** - does a language model help? Every arm continues for as many steps on the same clips and
+captions in the same order, with or without a branch that reads the hidden states of an LLM. Half of the
+captions are then hidden from the small encoder (train.py). There are two controls. In one the LLM reads the
+caption of another clip: what is gained then comes from the parameters. In the other the new branch reads
+MiniLM once more: what is gained then comes from a second branch.
 
 **growth** - is it better to grow? The base has learned `basic`, one actor and short captions. The arms
 continue with `rich`, several actors and long captions. All arms spend the same number of FLOPs, those of the
