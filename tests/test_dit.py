@@ -1,0 +1,357 @@
+"""The network: its parts against formulas written out here, its types, its FLOPs, and what it refuses.
+
+What the network promises as a whole (every input matters, padding is invisible, a new model predicts grey)
+is in test_all.py.
+"""
+
+import copy
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dit
+from attention import BACKENDS
+from conftest import SMALL, random_inputs, random_model
+from dit import DiT
+
+# --------------------------------------------------------------------------------------------------------
+# Tokens and positions
+
+
+def test_patches_keep_pixels_together():
+    x = torch.randn(2, 3, 6, 8, 12)
+    tokens, grid = dit.patchify(x, SMALL)
+    assert grid == (3, 2, 3) and tokens.shape == (2, 18, 96)
+    assert torch.equal(dit.unpatchify(tokens, SMALL, grid), x)
+    patch = tokens[1, 1 * 6 + 1 * 3 + 2].view(3, 2, 4, 4)  # the order of tokens is t, y, x
+    assert torch.equal(patch, x[1, :, 2:4, 4:8, 8:12])
+
+
+def test_positions_are_in_the_order_of_tokens():
+    t, y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), torch.arange(12.0), indexing="ij")
+    tokens, grid = dit.patchify(torch.stack([t, y, x])[None], SMALL)
+    corner = tokens.view(18, 3, -1).amin(2)  # of each patch, in pixels
+    assert torch.equal(corner / torch.tensor([2.0, 4, 4]), dit.grid_positions(*grid, "cpu"))
+
+
+def test_sines_and_cosines_against_loops():
+    positions = torch.tensor([0.0, 1.5, 7.0])
+    out = dit.sincos(positions, 7, 100.0)  # the channel that is left over is zero
+    for i, position in enumerate(positions.tolist()):
+        angles = [position * 100.0 ** (-k / 3) for k in range(3)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles] + [0.0]
+        assert out[i].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_axis_has_its_channels():
+    """A step along one axis changes the channels of that axis alone, and each channel belongs to an axis."""
+    place = torch.tensor([[2.0, 3.0, 4.0]])
+    for embed, shares in (
+        (dit.position_embedding, (12, 10, 10)),
+        (lambda p, n: torch.cat(dit.rope_cos_sin(p, n), -1), (8, 12, 12)),
+    ):
+        changed = []
+        for axis in range(3):
+            moved = place.clone()
+            moved[0, axis] += 1
+            changed.append(embed(moved, 32)[0] != embed(place, 32)[0])
+        assert [int(mask.sum()) for mask in changed] == list(shares)
+        assert (torch.stack(changed).sum(0) == 1).all()
+
+
+def test_rotation_is_a_product_of_complex_numbers():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 8, generator=g, dtype=torch.float64)
+    angle = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat([turned.real, turned.imag], -1)
+    assert torch.allclose(dit.rotate(x, angle.cos(), angle.sin()), expected, atol=1e-12)
+
+
+def timestep_similarity(scale: float, distance: float):
+    """The mean cosine of the embeddings of timesteps that are `distance` apart."""
+    t = torch.linspace(0, 0.6, 101)
+    near, far = (dit.sincos(scale * times, dit.TIME_DIM, 10 * scale) for times in (t, t + distance))
+    return F.cosine_similarity(near, far, dim=-1).mean()
+
+
+def test_the_embedding_of_the_timestep_is_smooth():
+    """Timesteps that are 0.1 apart, the spread of training, look alike; those that are 0.4 apart do not. At
+    1000 radians per unit of t even those that are 0.02 apart look strange."""
+    scale = SMALL.time_scale
+    assert timestep_similarity(scale, 0.02) > 0.98
+    assert timestep_similarity(scale, 0.1) > 0.8
+    assert timestep_similarity(scale, 0.4) < 0.6
+    assert timestep_similarity(1000, 0.02) < 0.65
+    assert timestep_similarity(1000, 0.1) < 0.6
+
+
+# --------------------------------------------------------------------------------------------------------
+# The block against formulas
+
+
+def normed(x):
+    """LayerNorm without parameters."""
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def heads_of(x):
+    """(N, D) -> (heads, N, d)."""
+    return x.view(len(x), SMALL.heads, -1).transpose(0, 1)
+
+
+def rms(x):
+    """RMSNorm without parameters."""
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def turned(x, cos, sin):
+    """Rotary positions, on x (heads, N, d)."""
+    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def averaged(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, with the heads side by side: (heads, N, d) -> (N, D)."""
+    weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ v).transpose(0, 1).flatten(1)
+
+
+def cross(layer, x, context):
+    """Cross-attention written out: x (N, D), context (L, D) -> (N, D)."""
+    k, v = layer.kv(context).chunk(2, -1)
+    return layer.proj(averaged(rms(heads_of(layer.q(x))), rms(heads_of(k)), heads_of(v)))
+
+
+@torch.no_grad()
+def block_by_hand(block, x, c, rope, text, llm):
+    """`Block.forward` for one clip: x (N, D), c (D,), text and llm (L, D) -> (N, D)."""
+    rows = block.adaln(c).view(3, 3, -1)  # (attn, cross, mlp) x (shift, scale, gate) x D
+    shift, scale, gate = rows[0]
+    q, k, v = block.attn.qkv(normed(x) * (1 + scale) + shift).chunk(3, -1)
+    q, k = (turned(rms(heads_of(part)), *rope) for part in (q, k))
+    x = x + gate * block.attn.proj(averaged(q, k, heads_of(v)))
+    shift, scale, gate = rows[1]
+    x = x + gate * cross(block.cross, normed(x) * (1 + scale) + shift, text)
+    shift, scale, gate = block.adaln_llm(c).view(3, -1)
+    x = x + gate * cross(block.cross_llm, normed(x) * (1 + scale) + shift, llm)
+    shift, scale, gate = rows[2]
+    up = block.mlp.up(normed(x) * (1 + scale) + shift)
+    return x + gate * block.mlp.down(up * (1 + torch.erf(up / 2**0.5)) / 2)
+
+
+def test_block_against_formulas():
+    model = random_model(replace(SMALL, llm_dim=10), dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    D = SMALL.width
+    x, text, llm = (torch.randn(1, n, D, generator=g, dtype=torch.float64) for n in (32, 5, 7))
+    c = torch.randn(1, D, generator=g, dtype=torch.float64)
+    rope = dit.rope_cos_sin(dit.grid_positions(2, 4, 4, "cpu"), SMALL.head_dim)
+    out = model.blocks[0](x, c, rope, text, None, llm, None)[0]
+    expected = block_by_hand(model.blocks[0], x[0], c[0], rope, text[0], llm[0])
+    assert torch.allclose(out, expected, atol=1e-10)
+    assert (out - x[0]).std() > 0.1
+
+
+def test_an_adapter_adds_a_product_of_two_matrices():
+    layer = dit.LoRALinear(6, 4, 2).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    whole = layer.weight + layer.lora_b @ layer.lora_a
+    assert torch.allclose(layer(x), x @ whole.T + layer.bias, atol=1e-12)
+    assert dit.LoRALinear(6, 4).lora_a is None
+
+
+# --------------------------------------------------------------------------------------------------------
+# The network
+
+
+def test_any_number_of_frames_and_any_size():
+    model = random_model()
+    _, t, text, mask = random_inputs()
+    assert model(torch.randn(2, 3, 8, 24, 24), t, text, mask).shape == (2, 3, 8, 24, 24)
+    for shape, message in (((3, 16, 16), "frames is 3"), ((4, 16, 18), "size is 18")):
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(2, 3, *shape), t, text, mask)
+
+
+def test_features_of_an_llm_are_for_models_with_an_llm_branch():
+    with_branch, without = random_model(replace(SMALL, llm_dim=10)), random_model()
+    inputs = random_inputs()
+    llm = torch.randn(2, 6, 10), torch.ones(2, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="llm_dim 10; llm was not given"):
+        with_branch(*inputs)
+    with pytest.raises(ValueError, match="llm_dim 0; llm was given"):
+        without(*inputs, *llm)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    plain, saving = random_model(), random_model()
+    saving.checkpoint_activations = True
+    for model in (plain, saving):
+        model(*random_inputs()).square().mean().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_types_under_autocast():
+    """Products in bfloat16, the residual stream in float32."""
+    seen = []
+    model = random_model()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, out: seen.append((inputs[1].dtype, out.dtype)))
+        block.mlp.register_forward_hook(lambda mlp, inputs, out: seen.append((inputs[0].dtype, out.dtype)))
+    inputs = random_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*inputs)
+    branch, stream = (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)
+    assert seen == [branch, stream] * SMALL.depth
+    truth = model(*inputs)
+    assert 0 < (out.float() - truth).norm() < 0.05 * truth.norm()
+    assert model.double()(*random_inputs(dtype=torch.float64)).dtype == torch.float64
+
+
+def test_set_attention_reaches_every_attention(monkeypatch):
+    seen = []
+
+    def spy(q, k, v, mask=None, backend="auto"):
+        seen.append(backend)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(dit, "attention", spy)
+    model = random_model(replace(SMALL, llm_dim=10))
+    llm = torch.randn(2, 6, 10), torch.ones(2, 6, dtype=torch.bool)
+    for backend in BACKENDS:
+        dit.set_attention(model, backend)
+        model(*random_inputs(), *llm)
+        assert seen == [backend] * 3 * SMALL.depth
+        seen.clear()
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    model = DiT(SMALL)
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="no rule to initialize scale"):
+        model.initialize()
+
+
+def test_what_is_zero_at_the_start():
+    """Gates and the output; of adapters the second matrix. Output projections are not: a branch with two zero
+    factors would never learn."""
+    model = DiT(replace(SMALL, llm_dim=10, lora_rank=2))
+    for name, parameter in model.named_parameters():
+        zero = name.endswith(("bias", "lora_b")) or "adaln" in name or name == "final.weight"
+        assert bool((parameter == 0).all()) == zero, name
+    weight = model.blocks[0].mlp.up.weight
+    bound = math.sqrt(6 / sum(weight.shape))  # Xavier, uniform
+    assert 0.9 * bound < weight.abs().max() <= bound
+
+
+# --------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"width": 25}, "width 25 must be an even multiple of heads 2"),
+        ({"heads": 24}, "width 24 must be an even multiple of heads 24"),
+        ({"depth": 0}, "depth is 0"),
+        ({"depth": 1025}, "depth is 1025"),
+        ({"size": 18}, "size is 18; this model needs a positive multiple of 4"),
+        ({"frames": True}, "frames is True"),
+        ({"width": 24.0}, "width is 24.0"),
+        ({"llm_dim": -1}, "llm_dim is -1"),
+        ({"time_scale": 0}, "time_scale is 0"),
+        ({"size": 65536}, "more pixels than a clip may have"),
+    ],
+)
+def test_impossible_configs_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **wrong)
+
+
+def test_every_preset_is_printed(capsys):
+    dit.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["preset", *dit.PRESETS]
+    assert lines[2].split()[7] == "128"  # tiny: 2 x 8 x 8 tokens
+    assert dit.PRESETS["tiny"].tokens() == 128 and SMALL.tokens(8, 32) == 256
+
+
+def test_the_network_needs_neither_data_nor_transformers():
+    code = "import sys, dit; print(*sorted({'transformers', 'data', 'train'} & set(sys.modules)))"
+    here = Path(dit.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def linear_maps(config, lengths):
+    """-> (tokens, channels in, channels out, whether it is in a block and may have an adapter) of every
+    linear map of the network, for one clip."""
+    N, D = config.tokens(), config.width
+    hidden = config.mlp_ratio * D
+    maps = [(N, config.patch_dim, D, False), (1, dit.TIME_DIM, D, False), (1, D, D, False)]
+    for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
+        maps += [(length, dim, D, False), (length, D, D, False)]
+    for _ in range(config.depth):
+        maps += [(1, D, 9 * D, False), (N, D, 3 * D, True), (N, D, D, True)]  # adaLN, self-attention
+        for i, length in enumerate(lengths):  # cross-attention; that to the LLM has an adaLN of its own
+            maps += [(N, D, D, True), (length, D, 2 * D, True), (N, D, D, True)]
+            maps += [(1, D, 3 * D, False)] * (i == 1)
+        maps += [(N, D, hidden, True), (N, hidden, D, True)]
+    return [*maps, (1, D, 2 * D, False), (N, D, config.patch_dim, False)]
+
+
+def forward_flops(config, lengths):
+    """Two for each multiplication, in linear maps with their adapters, in q k^T and in weights times v."""
+    N, D = config.tokens(), config.width
+    total = config.depth * 2 * 2 * N * N * D
+    for length in lengths:
+        total += config.depth * 2 * 2 * N * length * D
+    for tokens, width_in, width_out, adapted in linear_maps(config, lengths):
+        total += 2 * tokens * width_in * width_out
+        if adapted:
+            total += 2 * tokens * config.lora_rank * (width_in + width_out)
+    return total
+
+
+@pytest.mark.parametrize(
+    "config, lengths",
+    [
+        (SMALL, [5]),
+        (replace(SMALL, llm_dim=10, depth=2), [5, 7]),
+        (replace(SMALL, lora_rank=3), [5]),
+        (dit.PRESETS["nano"], [16]),
+    ],
+)
+def test_flops_against_formulas(config, lengths):
+    with torch.device("meta"):
+        model = DiT(config)
+    assert dit.count_flops(model, lengths, backward=False) == forward_flops(config, lengths)
+
+
+def test_flops_of_training():
+    """The backward pass costs twice the forward, without the gradients that nobody needs: those of inputs
+    and of frozen weights."""
+    N, D, hidden = SMALL.tokens(), SMALL.width, SMALL.width * SMALL.mlp_ratio
+    model = random_model()
+    inputs = 2 * (N * SMALL.patch_dim * D + 5 * SMALL.text_dim * D + dit.TIME_DIM * D)
+    whole = 3 * forward_flops(SMALL, [5]) - inputs
+    assert dit.count_flops(model, [5]) == whole
+    before = copy.deepcopy(model.state_dict())
+    for block in model.blocks[1:]:
+        block.mlp.requires_grad_(False)
+    assert dit.count_flops(model, [5]) == whole - 2 * (2 * N * 2 * D * hidden)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
