@@ -1,12 +1,18 @@
 """Helpers of all tests: small random models, encoders and LLMs. No test sees or fills the user's cache."""
 
+import functools
+import json
+import multiprocessing
 import os
+import time
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 
 from dit import DiT, DiTConfig
+from run import Run
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same examples always
 settings.load_profile("same")
@@ -18,6 +24,21 @@ SMALL = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=24, depth
 def private_cache(tmp_path_factory):
     """Tests have a cache of their own."""
     os.environ["MODELGROW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_end_the_tests():
+    """A training takes SIGTERM or Ctrl-C as a wish to save and stop. Inside a test, the tests end too."""
+    stop = Run.stop
+
+    @functools.wraps(stop)
+    def stop_and_pass_on(run, number, frame):
+        stop(run, number, frame)
+        os.kill(os.getpid(), number)  # again, now that the handlers are those of pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "stop", stop_and_pass_on)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -99,3 +120,84 @@ def tiny_llm(directory, family="Llama"):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Trainings
+
+CHILDREN = multiprocessing.get_context("forkserver")  # its children have imported torch already
+CHILDREN.set_forkserver_preload(["conftest", "train", "sample"])
+
+
+def brief(out, encoder, options=""):
+    """The command line of a training of 20 steps on clips of 4 frames of 16 pixels, as a list of words."""
+    depth = "" if "--from" in options else "--depth 1"
+    line = f"--quick {depth} --text {encoder} --clips 64 --batch 4 --frames 4 --size 16 --out {out} {options}"
+    return line.split()
+
+
+def run_training(out, encoder, options=""):
+    """A brief training in this process -> the run's directory."""
+    import train
+
+    return train.train(train.parse_arguments(brief(out, encoder, options)))
+
+
+def resume_training(out, options=""):
+    """Continue a run in this process -> the run's directory."""
+    import train
+
+    return train.train(train.parse_arguments(f"--resume --out {out} {options}".split()))
+
+
+def train_in_child(argv):
+    """`python train.py` with `argv`, begun in a process of its own."""
+    child = CHILDREN.Process(target=quiet_training, args=(argv,))
+    child.start()
+    return child
+
+
+def quiet_training(argv):
+    """What such a process does: its progress bar is not shown."""
+    import train
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    train.train(train.parse_arguments(argv))
+
+
+def wait_for_lines(run, count, child):
+    """Wait until metrics.jsonl has `count` lines. Raises AssertionError if the child has ended before."""
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert child.is_alive(), f"no {count} lines in {run}"
+        time.sleep(0.01)
+
+
+def numbers(run):
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        line.pop("seconds", None)
+        line.pop("samples_per_second", None)
+        lines.append(line)
+    return lines
+
+
+def weights_of(run):
+    """-> all tensors of a run's checkpoint: weights as trained, optimizer state, EMA."""
+    tensors = load_file(run / "checkpoint" / "train_state.safetensors")
+    for name, tensor in load_file(run / "checkpoint" / "model.safetensors").items():
+        tensors[f"ema.{name}"] = tensor
+    return tensors
+
+
+def same_tensors(a, b):
+    """Whether two dictionaries hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_run(a, b):
+    """Whether two runs have the same weights, EMA, optimizer state and metrics, bit for bit."""
+    return numbers(a) == numbers(b) and same_tensors(weights_of(a), weights_of(b))

@@ -308,6 +308,7 @@ def read_trainer_state(file: Path) -> dict:
     check_step(state["step"], "step")
     for name in ("seconds", "flops_before", "lr_before", "lr", "base_lr"):
         check_number(state[name], name)
+    check_step(state.get("total", 0), "total")
     if not all(type(loss) is float for loss in state.get("losses", ())):
         raise ValueError("losses must be a list of numbers")
     return state
@@ -341,7 +342,9 @@ class Run:
         self.losses: list[torch.Tensor] = []  # of the steps since the last line, on the training device
         self.step = 0  # steps done
         self.total = math.inf  # steps to do; --minutes fixes it after the first ones
-        self.stopped = False
+        self.asked = False  # whether this process was asked to stop
+        self.stopped = False  # whether the run was stopped before its end; the same in all processes
+        self.handlers = {}  # of signals, as they were before the run
         self.started = time.perf_counter()
         self.last_log = 0, 0.0  # step and seconds
         self.pause_seconds = 0.0  # what the last validation took
@@ -358,10 +361,6 @@ class Run:
             except filelock.Timeout:
                 message = f"another process is training in {self.folder}: choose another --out"
                 raise ValueError(message) from None
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.stop)
         return self
 
     def __exit__(self, *_):
@@ -370,7 +369,7 @@ class Run:
 
     def stop(self, number, frame):
         """The signal handler: stop after this step. A second signal acts as usual."""
-        self.stopped = True
+        self.asked = True
         self.restore_signals()
 
     def restore_signals(self):
@@ -391,9 +390,12 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def begin(self, args: dict, trainer_state: dict):
-        """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped."""
+        """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped. From
+        here on the first signal lets the run save and stop."""
         self.step = trainer_state["step"]
-        self.total = args["steps"] or trainer_state.get("total", math.inf)
+        self.total = args["steps"] or math.inf
+        if trainer_state.get("minutes") == args["minutes"] and not args["steps"]:
+            self.total = trainer_state.get("total", math.inf)  # what these minutes have come to
         self.started -= trainer_state["seconds"]
         self.losses = [torch.tensor(loss) for loss in trainer_state.get("losses", ())]
         self.last_log = self.step, self.seconds()
@@ -403,6 +405,9 @@ class Run:
         if self.writer:
             write_atomically(self.folder / "args.json", json.dumps(args, indent=1))
             write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
+        if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.stop)
 
     def record(self, **numbers):
         """Append a line to metrics.jsonl."""
@@ -419,7 +424,10 @@ class Run:
         """Step numbers from the present one on, with a progress bar, until `total` steps are done or the run
         is asked to stop."""
         with tqdm(desc="training", initial=self.step, unit="step", disable=not self.writer) as self.bar:
-            while self.step < self.total and not self.agree(self.stopped):
+            while self.step < self.total:
+                if self.agree(self.asked):
+                    self.stopped = True
+                    return
                 self.bar.total = None if self.total == math.inf else self.total
                 yield self.step
 

@@ -47,6 +47,8 @@ def starting_point(args) -> Checkpoint | None:
     if not args.base:
         return None
     start = load_checkpoint(args.base)
+    if parallel.RANK == 0:
+        print(f"base: {args.base}")
     if args.text not in (None, start.metadata["text_encoder"]):
         raise ValueError(f"{args.base} was trained with --text {start.metadata['text_encoder']}")
     for operator in args.grow.split(",") if args.grow else ():

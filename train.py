@@ -54,8 +54,8 @@ CFG_DROPOUT = 0.1  # share of captions replaced by the null prompt, for classifi
 CLIP_NORM = 1.0  # largest norm of the gradient
 TIMED_STEPS = 3 * LOG_EVERY  # after which --minutes fixes the number of steps
 MEMORY_HINT = (
-    "lower --batch or raise --accumulate, give --checkpoint-activations, or take a smaller --preset, --size or"
-    " --frames"
+    "lower --batch or raise --accumulate, give --checkpoint-activations, or take a smaller --preset, --size"
+    " or --frames"
 )
 
 # --------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def default_folder(args) -> str:
     """The folder of a run that has no --out."""
     if not args.base:
         return "runs/base"
-    name = [part for part in Path(args.base).parts if part != "checkpoint"][-1]
+    name = [part for part in Path(args.base).absolute().parts if part != "checkpoint"][-1]
     suffix = "lora" if args.tune == "lora" else "more"
     if args.grow:
         suffix = args.grow.replace(",", "-")
@@ -184,9 +184,12 @@ def resumed_arguments(parser, argv, out: str) -> argparse.Namespace:
         if getattr(args, name) != value and name not in RESUMABLE:
             option = {"base": "from"}.get(name, name.replace("_", "-"))
             raise ValueError(f"--resume continues with the options that the run had: leave out --{option}")
-    if args.steps != before["steps"]:
+    longer = args.steps != before.get("steps")
+    if longer and args.minutes != before.get("minutes"):
+        raise ValueError("--steps and --minutes both say how long to train: leave out one")
+    if longer:
         args.minutes = None  # the newer wish counts
-    elif args.minutes != before["minutes"]:
+    elif args.minutes != before.get("minutes"):
         args.steps = None
     check_numbers(args)
     return args
@@ -220,6 +223,10 @@ def fill_defaults(args, defaults):
             names = ", ".join(SETS)
             raise ValueError(f"--data {args.data!r} is neither a set of the toy world ({names}) nor a folder")
         args.data = str(Path(args.data))  # without a slash at its end
+    if toy and args.fps:
+        raise ValueError("--fps is for a folder of clips; the toy world has its own")
+    if not toy and args.words != defaults.words:
+        raise ValueError("--words is for the toy world")
     args.captions = args.captions or {"basic": "short", "both": "both"}.get(args.data, "detailed")
     if args.quick:
         for name, value in QUICK.items():
@@ -396,7 +403,7 @@ def train(args, prompts_class=Prompts) -> Path:
                 update_ema(tr.ema, tr.model, tr.steps_before + step, args.ema)
                 run.log(loss, args.batch, lr=rate, flops=tr.flops_at(step + 1))
                 if run.total == math.inf and run.step >= TIMED_STEPS and run.step % LOG_EVERY == 0:
-                    run.total = parallel.agree(steps_within(args, run))
+                    run.total = int(parallel.agree(steps_within(args, run)))
             if run.stopped:
                 save(args, tr, run)
             elif not run.validated():

@@ -80,7 +80,8 @@ def save(args, tr: Training, run: Run):
         "lr": tr.lr.item(),
         "losses": losses,
     }
-    state |= {"total": run.total} if run.total < math.inf else {}
+    if run.total < math.inf:
+        state |= {"total": run.total, "minutes": args.minutes}
     optimizer_state = {}
     for name, parameter in tr.model.named_parameters():
         if parameter in tr.optimizer.state:
