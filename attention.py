@@ -28,13 +28,23 @@ one exponential, cheaper than reading N x L weights from slow memory. With o the
 Two kernels: one walks over keys and sums dq for a tile of queries, the other walks over queries and sums dk
 and dv for a tile of keys. Nobody adds to what somebody else adds to, so the result is the same each time.
 
-Exponentials are of base 2, which is what the hardware has; 1 / log 2 goes into the scale. Products are of
-the tensors' own type, and sums in float32. Masked keys and those beyond the end get the score -inf.
+Exponentials are of base 2, which is what the hardware has. 1 / log 2 goes into the scale, and the scale into
+the exponent, where one instruction multiplies and adds. Products are of the tensors' own type, and sums are
+in float32. Masked keys and those beyond the end get the score -inf.
 
-Unlike the attention of big libraries there is no causal mask, no dropout, no cache, no tuning of tiles by
-trial, and inputs are made contiguous instead of passing strides: a video diffusion model sees the whole clip
-at once. The only mask is one over keys, since prompts in a batch have different lengths.
+**What makes it fast.** The sizes of the tiles decide how much fast memory and how many registers a program
+needs, hence how many programs run at once and hide each other's waiting. The best sizes depend on the GPU,
+the head size and the pass, so they stand in a table. Where the lengths are multiples of the tiles, nothing
+is masked. Queries, keys and values are read where they lie, through their strides. The sum of do * o is made
+by the kernel for dq, which has both at hand, and read by the one for dk and dv.
+
+Unlike the attention of big libraries there is no causal mask, no dropout, no cache and no tuning of tiles by
+trial: a video diffusion model sees the whole clip at once. The only mask is one over keys, since prompts in a
+batch have different lengths. Left out too, though newer GPUs have it: loads by the tensor memory accelerator,
+and warps that only load while others compute (FlashAttention-3, arXiv 2407.08608).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +53,9 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
+
+    INTERPRETED = constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: numpy in place of a GPU
 except ImportError:  # there are two other backends
     triton = None
 
@@ -76,31 +89,66 @@ def attention(q, k, v, mask=None, backend="auto"):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The kernel. A tensor (B, heads, N, d) is B * heads matrices (N, d) in a row; a program works in one of them.
+# The kernels. One program makes one tile, of TQ queries or of TK keys, of one head. In the arguments q is a
+# pointer, and qb, qh and qn are the distances to the next batch element, head and row.
+
+SMALL = {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)}  # fits any GPU and type; not fast
+LAUNCHES = {  # head size: queries and keys in a tile, warps (of 32 threads), stages (loads on their way)
+    # H100, H200, B200: 227 KiB of shared memory; the tensor cores take 64 rows from 4 warps
+    ("sm_90", "forward"): {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+    ("sm_90", "dq"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)},
+    ("sm_90", "dkv"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3)},  # two sums
+    # A100, and RTX 30 to 50, which have 99 KiB
+    ("sm_80", "forward"): {32: (128, 64, 4, 3), 64: (128, 32, 4, 3), 128: (128, 32, 8, 3)},
+    ("sm_80", "dq"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 2)},
+    ("sm_80", "dkv"): {32: (64, 64, 4, 3), 64: (32, 64, 4, 3), 128: (64, 64, 8, 2)},
+}
 
 
-def tile_size(dtype, head_dim) -> int:
-    """Queries or keys that a program holds at a time: as many as fit the registers of its threads."""
-    return 64 if dtype.itemsize == 2 else 32 if head_dim < 128 else 16
+@torch.compiler.assume_constant_result  # a graph is compiled for one GPU
+def generation(device) -> str:
+    """The rows of LAUNCHES for types of 16 bits on this device."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    if major in (9, 10):
+        return "sm_90"
+    return "sm_80" if major >= 8 else "older"
 
 
-LAUNCH = {"num_warps": 8, "num_stages": 2}  # 256 threads; the next tile is loaded while this one is computed
+def launch(part, kernel, q, k, v, mask, *given):
+    """Run the kernel of "forward", "dq" or "dkv" on all tiles. `given` are its other tensors."""
+    (B, H, N, D), L = q.shape, k.shape[2]
+    row = "float32" if q.dtype == torch.float32 else generation(q.device)
+    tile_q, tile_k, warps, stages = LAUNCHES.get((row, part), SMALL)[D]
+    tiles = triton.cdiv(L, tile_k) if part == "dkv" else triton.cdiv(N, tile_q)
+    even = N % tile_q == 0 and L % tile_k == 0  # then no tile reaches beyond the end
+    scale = D**-0.5 / math.log(2)  # a constant of the kernels: inductor passes other floats in 64 bits
+    sizes = H, N, L, mask is not None, even, D, scale, tile_q, tile_k
+    strided = [*(q, *q.stride()[:3]), *(k, *k.stride()[:3]), *(v, *v.stride()[:3])]
+    mask = q if mask is None else mask.contiguous()  # without a mask any tensor: it is not read
+    kernel[tiles, H, B](*strided, mask, *given, *sizes, num_warps=warps, num_stages=stages)
+
 
 if triton:
-    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: numpy in place of a GPU
-    LOG2_E = tl.constexpr(1.4426950408889634)  # a constant: torch.compile would pass a float in 64 bits
 
     @triton.jit
-    def load_tile(tensor, head, rows, N, D: tl.constexpr):
-        """Some rows of matrix `head` of a contiguous (B * heads, N, D) -> (rows, D), zeros beyond the end."""
-        places = head.to(tl.int64) * N * D + rows[:, None] * D + tl.arange(0, D)[None, :]
-        return tl.load(tensor + places, mask=rows[:, None] < N, other=0.0)
+    def place(TILE: constexpr):
+        """-> this program's first row, head and batch element; in 64 bits, as offsets grow large."""
+        first = tl.program_id(0) * TILE
+        return first.to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
 
     @triton.jit
-    def store_tile(tensor, head, rows, N, D: tl.constexpr, tile):
-        """The inverse of `load_tile`, in the tensor's own type."""
-        places = head.to(tl.int64) * N * D + rows[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(tensor + places, tile.to(tensor.dtype.element_ty), mask=rows[:, None] < N)
+    def load_tile(matrix, stride, first, N, ROWS: constexpr, D: constexpr, EVEN: constexpr):
+        """Rows of a matrix (N, D) from `first` on -> (ROWS, D), with zeros beyond the end."""
+        rows = tl.arange(0, ROWS)[:, None]
+        places = matrix + tl.cast(first, tl.int64) * stride + rows * stride + tl.arange(0, D)[None, :]
+        return tl.load(places, mask=(first + rows < N) | EVEN, other=0.0)  # no mask at all if EVEN
+
+    @triton.jit
+    def store_tile(matrix, stride, first, N, tile, EVEN: constexpr):
+        """The inverse of `load_tile`, in the matrix's own type."""
+        rows = first + tl.arange(0, tile.shape[0])[:, None]
+        places = matrix + rows * stride + tl.arange(0, tile.shape[1])[None, :]
+        tl.store(places, tile.to(matrix.dtype.element_ty), mask=(rows < N) | EVEN)
 
     @triton.jit
     def product(a, b):
@@ -110,122 +158,115 @@ if triton:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def score_tile(q, k, mask, head, cols, H, L, MASKED: tl.constexpr):
-        """q (n, D), k (l, D) -> (n, l), scores times log2(e); -inf for keys that must not be looked at."""
-        SCALE: tl.constexpr = q.shape[1] ** -0.5 * LOG2_E
-        seen = cols < L
-        if MASKED:
-            seen = tl.load(mask + (head // H).to(tl.int64) * L + cols, mask=seen, other=0) != 0
-        return tl.where(seen[None, :], product(q, tl.trans(k)) * SCALE, float("-inf"))
+    def seen_keys(mask, cols, L, MASKED: constexpr, EVEN: constexpr):
+        """Which keys of a batch element may be looked at."""
+        seen = (cols < L) | EVEN
+        return tl.load(mask + cols, mask=seen, other=0) != 0 if MASKED else seen
 
     @triton.jit
     def forward_kernel(
-        q, k, v, mask, out, log_sums, H, N, L,
-        MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+        q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, out, log_sums, H, N, L,
+        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
     ):  # fmt: skip
         """A tile of queries -> their outputs, and log2 of the sums of their exponentials."""
-        head = tl.program_id(1)
-        rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        queries = load_tile(q, head, rows, N, D)
-        most = tl.full([TILE], -1e30, tl.float32)  # finite, so that -inf - most is no nan
-        total = tl.zeros([TILE], tl.float32)
-        summed = tl.zeros([TILE, D], tl.float32)
-        for start in range(0, L, TILE):
-            cols = start + tl.arange(0, TILE)
-            keys, values = load_tile(k, head, cols, L, D), load_tile(v, head, cols, L, D)
-            scores = score_tile(queries, keys, mask, head, cols, H, L, MASKED)
-            larger = tl.maximum(most, tl.max(scores, 1))
-            weights = tl.exp2(scores - larger[:, None])
+        first, head, batch = place(TQ)
+        queries = load_tile(q + batch * qb + head * qh, qn, first, N, TQ, D, EVEN)
+        most = tl.full([TQ], -1e30, tl.float32)  # finite, so that -inf - most is no nan
+        total = tl.zeros([TQ], tl.float32)
+        summed = tl.zeros([TQ, D], tl.float32)
+        for start in range(0, L, TK):
+            keys = load_tile(k + batch * kb + head * kh, kn, start, L, TK, D, EVEN)
+            seen = seen_keys(mask + batch * L, start + tl.arange(0, TK), L, MASKED, EVEN)
+            scores = tl.where(seen[None, :], product(queries, tl.trans(keys)), float("-inf"))
+            larger = tl.maximum(most, tl.max(scores, 1) * SCALE)
+            weights = tl.exp2(scores * SCALE - larger[:, None])  # one multiply-add: scaling costs nothing
             shrink = tl.exp2(most - larger)
+            values = load_tile(v + batch * vb + head * vh, vn, start, L, TK, D, EVEN)
             total = total * shrink + tl.sum(weights, 1)
             summed = summed * shrink[:, None] + product(weights.to(values.dtype), values)
             most = larger
-        store_tile(out, head, rows, N, D, summed / total[:, None])
-        tl.store(log_sums + head.to(tl.int64) * N + rows, most + tl.log2(total), mask=rows < N)
-
-    @triton.jit
-    def slope_tile(
-        q, k, v, do, log_sums, deltas, mask, head, rows, cols, H, N, L, MASKED: tl.constexpr
-    ):  # fmt: skip
-        """Tiles q, do (n, D) and k, v (l, D) -> the weights p (n, l) and ds (n, l) of the formulas above."""
-        inside, places = rows < N, head.to(tl.int64) * N + rows
-        log_sum = tl.load(log_sums + places, mask=inside, other=float("inf"))  # no weight beyond the end
-        delta = tl.load(deltas + places, mask=inside, other=0.0)
-        p = tl.exp2(score_tile(q, k, mask, head, cols, H, L, MASKED) - log_sum[:, None])
-        return p, p * (product(do, tl.trans(v)) - delta[:, None])
+        store_tile(out + (batch * N * H + head) * D, H * D, first, N, summed / total[:, None], EVEN)
+        store_tile(log_sums + (batch * H + head) * N, 1, first, N, (most + tl.log2(total))[:, None], EVEN)
 
     @triton.jit
     def dq_kernel(
-        q, k, v, mask, do, log_sums, deltas, dq, H, N, L,
-        MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+        q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, out, do, log_sums, deltas, dq, H, N, L,
+        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
     ):  # fmt: skip
-        """A tile of queries -> their gradient: a walk over the keys."""
-        head = tl.program_id(1)
-        rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        queries, slopes = load_tile(q, head, rows, N, D), load_tile(do, head, rows, N, D)
-        summed = tl.zeros([TILE, D], tl.float32)
-        for start in range(0, L, TILE):
-            cols = start + tl.arange(0, TILE)
-            keys, values = load_tile(k, head, cols, L, D), load_tile(v, head, cols, L, D)
-            _, ds = slope_tile(
-                queries, keys, values, slopes, log_sums, deltas, mask,
-                head, rows, cols, H, N, L, MASKED,
-            )  # fmt: skip
+        """A tile of queries -> their gradient, by a walk over the keys; and delta, for the next kernel."""
+        first, head, batch = place(TQ)
+        queries = load_tile(q + batch * qb + head * qh, qn, first, N, TQ, D, EVEN)
+        here = (batch * N * H + head) * D
+        slopes = load_tile(do + here, H * D, first, N, TQ, D, EVEN)
+        outputs = load_tile(out + here, H * D, first, N, TQ, D, EVEN)
+        delta = tl.sum(slopes.to(tl.float32) * outputs.to(tl.float32), 1)[:, None]
+        store_tile(deltas + (batch * H + head) * N, 1, first, N, delta, EVEN)
+        log_sum = load_tile(log_sums + (batch * H + head) * N, 1, first, N, TQ, 1, EVEN)
+        summed = tl.zeros([TQ, D], tl.float32)
+        for start in range(0, L, TK):
+            keys = load_tile(k + batch * kb + head * kh, kn, start, L, TK, D, EVEN)
+            values = load_tile(v + batch * vb + head * vh, vn, start, L, TK, D, EVEN)
+            seen = seen_keys(mask + batch * L, start + tl.arange(0, TK), L, MASKED, EVEN)
+            scores = tl.where(seen[None, :], product(queries, tl.trans(keys)), float("-inf"))
+            p = tl.exp2(scores * SCALE - log_sum)
+            ds = p * (product(slopes, tl.trans(values)) - delta)
             summed += product(ds.to(keys.dtype), keys)
-        store_tile(dq, head, rows, N, D, summed * D**-0.5)
+        store_tile(dq + here, H * D, first, N, summed * D**-0.5, EVEN)
 
     @triton.jit
     def dkv_kernel(
-        q, k, v, mask, do, log_sums, deltas, dk, dv, H, N, L,
-        MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+        q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, do, log_sums, deltas, dk, dv, H, N, L,
+        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
     ):  # fmt: skip
-        """A tile of keys -> the gradients of keys and values: a walk over the queries."""
-        head = tl.program_id(1)
-        cols = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        keys, values = load_tile(k, head, cols, L, D), load_tile(v, head, cols, L, D)
-        summed_k, summed_v = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
-        for start in range(0, N, TILE):
-            rows = start + tl.arange(0, TILE)
-            queries, slopes = load_tile(q, head, rows, N, D), load_tile(do, head, rows, N, D)
-            p, ds = slope_tile(
-                queries, keys, values, slopes, log_sums, deltas, mask,
-                head, rows, cols, H, N, L, MASKED,
-            )  # fmt: skip
-            summed_v += product(tl.trans(p.to(slopes.dtype)), slopes)
-            summed_k += product(tl.trans(ds.to(queries.dtype)), queries)
-        store_tile(dk, head, cols, L, D, summed_k * D**-0.5)
-        store_tile(dv, head, cols, L, D, summed_v)
+        """A tile of keys -> the gradients of keys and values, by a walk over the queries. p and ds are
+        transposed, (keys, queries), so that they are the left factors of their products."""
+        first, head, batch = place(TK)
+        keys = load_tile(k + batch * kb + head * kh, kn, first, L, TK, D, EVEN)
+        values = load_tile(v + batch * vb + head * vh, vn, first, L, TK, D, EVEN)
+        summed_k, summed_v = tl.zeros([TK, D], tl.float32), tl.zeros([TK, D], tl.float32)
+        for start in range(0, N, TQ):
+            queries = load_tile(q + batch * qb + head * qh, qn, start, N, TQ, D, EVEN)
+            log_sum = load_tile(log_sums + (batch * H + head) * N, 1, start, N, TQ, 1, EVEN)
+            p = tl.exp2(product(keys, tl.trans(queries)) * SCALE - tl.trans(log_sum))
+            slopes = load_tile(do + (batch * N * H + head) * D, H * D, start, N, TQ, D, EVEN)
+            summed_v += product(
+                p.to(slopes.dtype), slopes
+            )  # beyond the end of the queries all slopes are zero
+            delta = load_tile(deltas + (batch * H + head) * N, 1, start, N, TQ, 1, EVEN)
+            ds = p * (product(values, tl.trans(slopes)) - tl.trans(delta))
+            summed_k += product(ds.to(queries.dtype), queries)
+        cols = first + tl.arange(0, TK)  # no sum mixes keys, so it is enough to hide them here
+        seen = seen_keys(mask + batch * L, cols, L, MASKED, EVEN)[:, None]
+        here = (batch * L * H + head) * D
+        store_tile(dk + here, H * D, first, L, tl.where(seen, summed_k * D**-0.5, 0.0), EVEN)
+        store_tile(dv + here, H * D, first, L, tl.where(seen, summed_v, 0.0), EVEN)
 
 
 class TritonAttention(torch.autograd.Function):
-    """The kernels as a function of torch, with a gradient. Inputs as `attention`, all of one type."""
+    """The kernels as a function of torch, with a gradient. Inputs as `attention`, all of one type; views are
+    welcome. Results lie in memory as (B, N, heads, d), as the linear maps before and after want them."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
         """-> (B, heads, N, d)."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         B, H, N, D = q.shape
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        bytes_ = q.new_empty(0, dtype=torch.uint8) if mask is None else mask.contiguous().to(torch.uint8)
-        out, log_sums = torch.empty_like(q), q.new_empty(B, H, N, dtype=torch.float32)
-        tile = tile_size(q.dtype, D)
-        ctx.how = H, N, k.shape[2], mask is not None, D, tile
-        forward_kernel[triton.cdiv(N, tile), B * H](q, k, v, bytes_, out, log_sums, *ctx.how, **LAUNCH)
-        ctx.save_for_backward(q, k, v, bytes_, out, log_sums)
-        return out
+        out, log_sums = q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32)
+        launch("forward", forward_kernel, q, k, v, mask, out, log_sums)
+        ctx.save_for_backward(q, k, v, mask, out, log_sums)
+        return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         """The gradient of the output -> those of q, k, v, and of the mask, which has none."""
         q, k, v, mask, out, log_sums = ctx.saved_tensors
-        B, H, N, D = q.shape
-        do, tile = do.contiguous(), tile_size(q.dtype, D)
-        deltas = (do.float() * out.float()).sum(-1)  # (B, H, N)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        given = q, k, v, mask, do, log_sums, deltas
-        dq_kernel[triton.cdiv(N, tile), B * H](*given, dq, *ctx.how, **LAUNCH)
-        dkv_kernel[triton.cdiv(k.shape[2], tile), B * H](*given, dk, dv, *ctx.how, **LAUNCH)
-        return dq, dk, dv, None
+        do = do.transpose(1, 2).contiguous()  # as `out`; it comes so from a linear map
+        deltas, dq = torch.empty_like(log_sums), torch.empty_like(out)
+        launch("dq", dq_kernel, q, k, v, mask, out, do, log_sums, deltas, dq)
+        dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (k, v))  # (B, L, heads, d)
+        launch("dkv", dkv_kernel, q, k, v, mask, do, log_sums, deltas, dk, dv)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
 
 def triton_attention(q, k, v, mask=None):
