@@ -345,9 +345,10 @@ def training_step(tr: Training, batch: Batch, accumulate: int = 1) -> torch.Tens
 
 def make_step(tr: Training, accumulate: int):
     """`training_step` as a function of a batch. On one GPU its kernels are recorded, if that is possible: not
-    with parts, with blocks that are computed again, or in float16, whose scaler looks at the gradient."""
+    with parts, with blocks that are computed again, with features that are fetched from the CPU, or in
+    float16, whose scaler looks at the gradient."""
     plain = accumulate == 1 and not tr.model.checkpoint_activations and not tr.scaler.is_enabled()
-    if tr.device.type == "cuda" and plain and parallel.WORLD == 1:
+    if tr.device.type == "cuda" and plain and tr.prompts.resident and parallel.WORLD == 1:
         recorded = GraphedStep(lambda *tensors: training_step(tr, Batch(*tensors)))
         return lambda batch: recorded(*batch)
     return lambda batch: training_step(tr, batch, accumulate)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files that survive kills and full disks, and that do no harm when strangers made them.
+"""What a run leaves on disk survives kills and full disks, and does no harm when strangers made it.
 
 A run that is killed, stopped or interrupted and then resumed is compared bit for bit with one that was not.
 Headers, training states and pickles are made by hand, as an older version or an attacker would have.
@@ -121,7 +121,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(ValueError, match="is not a checkpoint of this project: SafetensorError"):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*nowhere"):
         load_model(tmp_path / "nowhere")
 
 
@@ -297,7 +297,7 @@ def test_pretrained_is_found_from_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (newest_checkpoint() / "model.safetensors").is_file()
     monkeypatch.setattr(run_module, "PRETRAINED", tmp_path / "pretrained")
-    with pytest.raises(FileNotFoundError, match="there is no trained model: run `python train.py` first"):
+    with pytest.raises(FileNotFoundError, match="there is no trained model: run"):
         newest_checkpoint()
 
 
