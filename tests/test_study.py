@@ -1,0 +1,363 @@
+"""lab/study.py and lab/report.py: the controls, budgets in FLOPs, runs that continue, and the numbers of the
+report against curves that were made up for it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_llm
+from lab import report, study
+from run import load_checkpoint
+from text_encoder import NULL_PROMPT, Prompts
+from train import parse_arguments
+
+RESULTS = Path(study.__file__).parents[1] / "results"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Controls
+
+
+def control_prompts(tmp_path, encoder_name, llm_dim):
+    """Four texts as the right, the wrong and the same prompts -> three Prompts."""
+    metadata = {"text_encoder": encoder_name, "llm": tiny_llm(tmp_path), "llm_features": "last"}
+    texts = ["a red cat", "a cat surfing", "red", "surfing cat"]
+    return [kind(texts, metadata, llm_dim) for kind in (Prompts, study.WrongPrompts, study.SamePrompts)]
+
+
+def test_the_wrong_prompts_are_those_of_other_captions(tmp_path, encoder_name):
+    right, wrong, _ = control_prompts(tmp_path, encoder_name, 16)
+    rows = torch.arange(5)
+    text, mask, llm, llm_mask = right.gather(rows)
+    same_text, same_mask, other, other_mask = wrong.gather(rows)
+    assert torch.equal(text, same_text) and torch.equal(mask, same_mask)
+    assert wrong.lengths == right.lengths and wrong.null == right.null
+    sources = []
+    for row in range(5):
+        length = int(other_mask[row].sum())
+        for source in range(5):
+            if llm_mask[source].sum() == length and torch.equal(other[row, :length], llm[source, :length]):
+                sources.append((row, source))
+    assert [row for row, _ in sources] == list(range(5))  # each reads exactly one
+    assert sorted(source for _, source in sources) == list(range(5))  # and each caption is read by one
+    for row, source in sources:
+        assert (row == source) == (row == right.null)
+    shuffled = wrong.gather(rows, rows.flip(0))  # captions that are hidden from one encoder alone
+    assert torch.equal(shuffled[2][:, : other.shape[1]], other.flip(0))
+    assert len(wrong.batch([NULL_PROMPT])) == 4
+
+
+def test_the_same_prompts_are_those_of_the_base_padded(tmp_path, encoder_name):
+    _, _, same = control_prompts(tmp_path, encoder_name, 20)
+    text, mask, again, again_mask = same.batch(["a red cat", NULL_PROMPT, "red"])
+    assert torch.equal(again_mask, mask) and again.shape == (*text.shape[:2], 20)
+    assert torch.equal(again[..., :16], text) and not again[..., 16:].any() and text.any()
+    assert len(study.SamePrompts(["red"], {"text_encoder": encoder_name}, 0).batch(["red"])) == 2
+
+
+# --------------------------------------------------------------------------------------------------------
+# Arms
+
+
+def test_every_arm_is_a_command_of_train(tmp_path):
+    """All options exist and fit together, and each arm continues from an arm before it."""
+    for part, arms in study.PARTS.items():
+        seen = []
+        for arm, (base, _) in arms.items():
+            for quick in (False, True):
+                options, budget = study.split_budget(study.arm_arguments(part, arm, 1, quick))
+                args = parse_arguments([*options, *(["--from", str(tmp_path)] if base else [])])
+                assert args.seed == 1 and (budget is None) == (args.steps not in (1200, 6000))
+            assert base is None or base in seen
+            seen.append(arm)
+
+
+def test_names_of_files_hold_no_signs():
+    path = study.arm_path(Path("results"), "timing", "insert at 25 %, x 4", 2)
+    assert path == Path("results/timing/insert-at-25-x-4-2")
+
+
+def test_steps_for_a_budget():
+    assert study.steps_for(1000, 0, 30, 3) == 100
+    assert study.steps_for(1000, 500, 510, 1) == 50
+    assert study.steps_for(1004, 500, 520, 2) == 50  # the closest
+    with pytest.raises(ValueError, match="less than the base has spent"):
+        study.steps_for(500, 500, 510, 1)
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch, encoder_name):
+    """A study with two arms of a few steps that are paid from a budget of FLOPs."""
+    tiny = "--quick --clips 16 --batch 2 --every 100 --decay 0 --device cpu "
+    new = f"{tiny}--frames 4 --size 16 --text {encoder_name} "
+    arms = {
+        "base": study.Arm(None, new + "--flops 1e9"),
+        "insert": study.Arm("base", tiny + "--data basic --grow depth --flops 2e9"),
+    }
+    monkeypatch.setattr(study, "PARTS", {"timing": arms})
+    return study.Study(tmp_path / "runs", tmp_path / "results", None, "abc")
+
+
+def test_arms_spend_their_budget(small_study, capsys, monkeypatch):
+    result = study.run_arm(small_study, "timing", "insert", 0)
+    spent = {}
+    for arm, budget in (("base", 1e9), ("insert", 2e9)):
+        run = load_checkpoint(study.arm_path(small_study.runs, "timing", arm, 0))
+        spent[arm] = run.metadata["flops"]
+        steps = run.trainer_state["step"]
+        per_step = (spent[arm] - spent.get("base", 0) * (arm == "insert")) / steps
+        assert steps > 2 and abs(spent[arm] - budget) <= per_step / 2
+    assert result["flops"] == spent["insert"] and result["arm"] == "insert" and result["revision"] == "abc"
+    curve = report.loss_curve(result, "val_loss")
+    assert curve[0][:2] == (0, spent["base"]) and curve[-1][1] == spent["insert"]
+    file = small_study.results / "timing" / "insert-0.json"
+    assert json.loads(file.read_text()) == result
+    # What is there is not done again.
+    monkeypatch.setattr(study, "train", None)
+    assert study.run_arm(small_study, "timing", "insert", 0) == result
+    file.unlink()
+    assert study.run_arm(small_study, "timing", "insert", 0) == result
+    # Other arguments are refused.
+    study.PARTS["timing"]["insert"] = study.Arm("base", study.PARTS["timing"]["insert"].options + " --add 1")
+    with pytest.raises(ValueError, match="has other arguments"):
+        study.run_arm(small_study, "timing", "insert", 0)
+    file.unlink()
+    with pytest.raises(ValueError, match="was begun with another --add"):
+        study.run_arm(small_study, "timing", "insert", 0)
+
+
+@pytest.mark.slow
+def test_an_arm_that_was_stopped_ends_as_one_that_was_not(small_study, tmp_path, monkeypatch):
+    whole = load_checkpoint(study.train_arm(small_study, "timing", "base", 0))
+    real_train, calls = study.train, []
+
+    def stopped_train(args, prompts_class):
+        """As if Ctrl-C came in step 3 of the second training."""
+        calls.append(args.steps)
+        if len(calls) == 2:
+            args.steps = 3
+        return real_train(args, prompts_class)
+
+    monkeypatch.setattr(study, "train", stopped_train)
+    again = study.Study(tmp_path / "again", tmp_path / "again", None, "abc")
+    with pytest.raises(KeyboardInterrupt):
+        study.train_arm(again, "timing", "base", 0)
+    resumed = load_checkpoint(study.train_arm(again, "timing", "base", 0))
+    assert len(calls) == 3 and calls[0] == 1 and calls[1] == calls[2] > 3
+    assert resumed.trainer_state["step"] == whole.trainer_state["step"]
+    for name, weight in whole.ema.state_dict().items():
+        assert torch.equal(weight, resumed.ema.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs_every_kind_of_arm(tmp_path, monkeypatch, encoder_name, capsys):
+    """Growth, LoRA, LLM and controls, from nothing to the report, and the command that makes only the report."""
+    llm = tiny_llm(tmp_path / "llm")
+    parts = {}
+    for part, arms in study.PARTS.items():
+        parts[part] = {}
+        for arm, (base, options) in arms.items():
+            options += f" --text {encoder_name}" if base is None else ""
+            options += f" --llm {llm}" if "llm" in options.split("--grow ")[-1].split()[0] else ""
+            parts[part][arm] = study.Arm(base, options)
+    monkeypatch.setattr(study, "PARTS", parts)
+    arms = ["lora", "insert", "insert + llm", "wrong captions, nothing hidden", "minilm twice"]
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    study.main(["--quick", "--parts", "growth", "language", "--arms", "base", *arms, *folders])
+    assert "| minilm twice | " in capsys.readouterr().out
+    done = sorted(path.name for path in (tmp_path / "results").glob("*/*.json"))
+    assert len(done) == 7 and "wrong-captions-nothing-hidden-0.json" in done  # two of them are bases
+    assert (tmp_path / "results" / "gallery.gif").stat().st_size > 1000
+    text = (tmp_path / "results" / "README.md").read_bytes()
+    monkeypatch.setattr(study, "train", None)
+    study.main(["--report", *folders])
+    assert (tmp_path / "results" / "README.md").read_bytes() == text
+    with pytest.raises(ValueError, match="no arm is called 'x'"):
+        study.main(["--quick", "--arms", "x"])
+
+
+# --------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_the_report_in_the_repository_is_that_of_its_files(tmp_path):
+    """results/README.md follows from the JSON files, to the byte; so do the pictures, on one machine."""
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    text = report.write_report(folder, study.PARTS)
+    assert text == (RESULTS / "README.md").read_text()
+    names = "loss.png", "forgetting.png", "timing.png", "longer.png"
+    pictures = [(folder / name).read_bytes() for name in names]
+    report.write_report(folder, study.PARTS)
+    assert pictures == [(folder / name).read_bytes() for name in names]
+    for part, arms in study.PARTS.items():  # the results are those of the arms as they are now
+        for arm in arms:
+            for seed in range(3):
+                path = study.arm_path(folder, part, arm, seed)
+                file = path.with_name(path.name + ".json")
+                if file.is_file():
+                    result = json.loads(file.read_text())
+                    assert result["arguments"] == study.arm_arguments(part, arm, seed)
+
+
+def test_one_table_writer():
+    assert report.markdown_table(["a", "b"], [["1", "2"], ["3", ""]]) == (
+        "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
+    )
+    table = report.score_table({"seen": {"subject": 0.5, "all": 0.25, "place": 1}})
+    assert (
+        table.splitlines()[0]
+        == "|  | subject | colour | motion | background | change | count | relation | all |"
+    )
+    assert table.splitlines()[2] == "| seen | 0.500 |  |  |  |  |  |  | 0.250 |"
+
+
+def write_result(folder, part, result):
+    """Put a result where the study puts it."""
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / part / f"{result['arm']}-{result['seed']}.json").write_text(json.dumps(result))
+
+
+def language_result(arm, seed, shift):
+    """A result of part language whose scores rise by `shift`."""
+    right = {"subject": 0.5 + shift, "colour": 0.7, "all": 0.1, "place": 0.9}
+    scores = {"seen": right, "held-out words": right, "val_loss": [1]}
+    return {"arm": arm, "seed": seed, "revision": "abc", "machine": "m", "scores": scores}
+
+
+def test_the_report_of_part_language(tmp_path):
+    for seed, shift in enumerate((0.1, 0.2, 0.3)):
+        write_result(tmp_path, "language", language_result("base encoder", seed, shift))
+        write_result(tmp_path, "language", language_result("llm mean", seed, 2 * shift))
+    write_result(tmp_path, "language", language_result("llm mean, refiner", 0, 9))  # an arm of the past
+    text = report.write_report(tmp_path, study.PARTS)
+    assert text == report.write_report(tmp_path, study.PARTS) == (tmp_path / "README.md").read_text()
+    assert "over seeds 0, 1, 2. Under way: 6 of " in text
+    assert "| base encoder | 0.700 ± 0.050 | 0.700 ± 0.050 |" in text  # (0.5 + 0.2 + 0.7) / 2
+    assert "| llm mean | 0.800 ± 0.100 | 0.800 ± 0.100 |" in text
+    assert "| llm mean | 0.100 ± 0.050 | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
+    assert "| llm mean, refiner |" not in text
+    gain = "*llm mean* over *base encoder*, held-out words: 0.1000 ± 0.0500 (holds)"
+    assert f"in no training caption.** Open. {gain}.\n" in text  # two of three arms are not there
+    write_result(
+        tmp_path, "language", language_result("llm last", 7, 0.1)
+    )  # the base encoder has no such seed
+    text = report.write_report(tmp_path, study.PARTS)
+    assert "| llm last | 0.650 | 0.650 |" in text and "| llm last |  |  |\n" in text
+    with pytest.raises(FileNotFoundError, match="no results"):
+        report.write_report(tmp_path / "nothing", study.PARTS)
+
+
+def growth_result(arm, seed, losses, per_step, before=0.0, forgotten=0.0):
+    """A result with a loss on `rich` for every 100 steps, and training losses for every ten, which are those of
+    the step before but for one bad batch at step 10."""
+    curve = []
+    for i, loss in enumerate(losses):
+        spent = {"step": 100 * i, "flops": before + 100 * i * per_step}
+        curve.append({**spent, "val_loss": loss, "old_val_loss": 1 + forgotten})
+        if i == len(losses) - 1:
+            break
+        for step in range(10, 101, 10):
+            bad = 1 if step == 10 and i == 0 else 0
+            curve.append({"step": 100 * i + step, "loss": loss + bad})
+    one = {"subject": 0.5, "flicker": 0.9, "all": 0.1}
+    several = {"subject": 0.5, "relation": losses[-1]}
+    scores = {"seen": one, "several actors": several, "long": several}
+    scores |= {"val_loss": [1 + forgotten] * 8, "rich_loss": [losses[-1]] * 8}
+    result = {"arm": arm, "seed": seed, "arguments": ["--data", "rich"], "revision": "abc", "machine": "m"}
+    return result | {"scores": scores, "curve": curve}
+
+
+def test_savings_in_flops():
+    large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
+    grown = growth_result("insert at 25 %", 0, [3, 2.5, 1.5], per_step=0.5, before=50)
+    # It comes down to 2 half-way between steps 100 and 200: 50 + 75 FLOPs instead of 200.
+    assert report.savings({0: grown}, {0: large, 1: large}) == [pytest.approx(200 / 125)]
+    assert report.savings({0: growth_result("", 0, [3, 2.5], 1)}, {0: large}) == [None]
+    assert report.first_reached([(5, 1.9), (6, 2.1), (7, 1.8)], 2.0) == 5
+    assert report.first_reached([(0, 3.0), (1, 2.5)], 2.0) is None
+    assert report.first_reached([(0, 3.0), (1, 2.5), (2, 1.5)], 2.0) == 1.5
+    assert report.loss_at(report.loss_curve(large, "val_loss"), 150) == 2.5
+
+
+def test_spike_and_mixing():
+    """Both arms have the same bad batch at step 10, which cancels."""
+    large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
+    grown = growth_result("insert at 25 %", 0, [3, 2.5, 1.5], per_step=0.5, before=50)
+    better = growth_result("insert", 0, [2.9, 1.9, 1.9], 1)
+    assert report.spike(grown, large) == pytest.approx(-1) and report.spike(better, better) == 0
+    assert report.steps_to_mix(better, grown) == 10 and report.steps_to_mix(large, grown) is None
+    without = {**large, "curve": [entry for entry in large["curve"] if "loss" not in entry]}
+    assert report.spike(without, large) is None and report.steps_to_mix(without, large) is None
+
+
+def test_the_life_of_a_model_begins_at_its_growth():
+    """*never grown* has been the small models before it; a grown arm has not."""
+    large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
+    small = growth_result("_small 80 %", 0, [3, 1.5], 0.5)
+    by_arm = {"_small 80 %": {0: small}, "never grown": {0: growth_result("", 0, [1.4], 0.5, 50)}}
+    starts = {"_small 80 %": None, "never grown": "_small 80 %"}
+    life = report.since_growth("never grown", 0, by_arm, starts)
+    assert report.savings({0: life}, {0: large}) == [pytest.approx(200 / (50 * 2 / 3))]
+    by_arm["never grown"][0]["arguments"] = ["--grow", "depth"]
+    assert report.since_growth("never grown", 0, by_arm, starts) == by_arm["never grown"][0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 0.11, 0.12], "holds"),
+        ([-0.1, -0.11, -0.12], "contradicted"),
+        ([0.1], "open"),
+        ([0.1, -0.01, 0.1], "open"),
+        ([0.001, 0.3, 0.001], "open"),
+        ([0.0, 0.0, 0.0], "open"),
+    ],
+)
+def test_verdicts(values, expected):
+    assert report.verdict(values) == expected
+
+
+@pytest.fixture
+def growth_report(tmp_path):
+    """The text of a report on made-up results of all parts on growth."""
+    arms = [("base", [3, 3], 0.0), ("continued", [3, 2.6, 2.4, 2.3], 0.3), ("insert", [3, 2.5, 2.2], 0.2)]
+    arms.append(("large from scratch", [9, 4, 3, 2.2], 0.0))
+    for seed in range(3):
+        for arm, losses, forgotten in arms:
+            losses = [loss + 0.01 * seed for loss in losses]
+            forgotten += 0.01 * seed if arm == "insert" else 0
+            write_result(tmp_path, "growth", growth_result(arm, seed, losses, 1, 100, forgotten))
+        for arm, losses in (("insert at 25 %", [3, 2.5, 2.1]), ("never grown", [3, 2.9])):
+            write_result(tmp_path, "timing", growth_result(arm, seed, losses, 0.5, 50))
+        for arm, losses in (("insert at 50 %", [3, 2.8 + 0.01 * seed]), ("never grown", [3, 2.9])):
+            write_result(tmp_path, "longer", growth_result(arm, seed, losses, 0.5, 50))
+    return report.write_report(tmp_path, study.PARTS)
+
+
+def test_claims_of_a_growth_report(growth_report):
+    assert "*insert* over *continued*, basic: 0.0900 ± 0.0100 (holds)" in growth_report
+    assert "*insert* over *continued*, basic, equal steps: 0.0900 ± 0.0100 (holds)" in growth_report
+    assert "than dense continuation.** Holds." in growth_report
+    # insert beats continued, but nothing is known of LoRA.
+    one_of_two = "beats LoRA.** Open. *insert* over *continued*, rich: 0.1000 ± 0.0000 (holds)."
+    assert one_of_two in growth_report
+    assert "with the whole budget.** Open." in growth_report  # they are equal
+    assert "LLaMA-Pro" not in growth_report  # nothing is said of arms that are not there
+
+
+def test_tables_of_a_growth_report(growth_report):
+    row = "| insert | 200 | 2.2100 ± 0.0100 | 1.2100 ± 0.0100 | 2.2100 ± 0.0100 | 1.2100 ± 0.0100 |"
+    assert row + " 0.0000 ± 0.0000 | 20, 20, 20 |" in growth_report  # below *continued* from step 110 on
+    assert "| continued | 300 | 2.3100 ± 0.0100 | 1.3000 ± 0.0000 | 2.4100 ± 0.0100 |" in growth_report
+    assert "| never grown | 2.9000 ± 0.0000 |  | never, never, never |  |  |" in growth_report
+    (row,) = re.findall(r"\| insert at 25 % \| 2.1000 ± 0.0000 \| .*", growth_report)
+    assert row.endswith(" | 0.8000 ± 0.0000 | holds |")
+    (row,) = re.findall(r"\| insert at 50 % .*", growth_report)
+    numbers = "1.31 ± 0.02 | 1.33, 1.31, 1.29 | 0.0900 ± 0.0100 | holds |"
+    assert row == f"| insert at 50 % | 2.8100 ± 0.0100 | {numbers}"
+    assert "| VBench temporal flickering | 0.900 ± 0.000 | 0.900 ± 0.000 | 0.900 ± 0.000 |" in growth_report
