@@ -30,18 +30,19 @@ def test_circle_covers_its_area():
 
 
 @pytest.mark.parametrize(
-    "shape, numbers",
+    "shape, numbers, area",
     [
-        (draw.capsule, (-0.5, 0.1, 0.4, -0.3, 0.2)),
-        (draw.box, (0.1, 0.0, 0.6, 0.3, 0.1)),
-        (draw.circle, (-0.2, 0.3, 0.4)),
+        (draw.capsule, (-0.5, 0.1, 0.4, -0.3, 0.2), 2 * 0.2 * math.hypot(0.9, 0.4) + math.pi * 0.2**2),
+        (draw.box, (0.11, 0.02, 0.6, 0.3, 0.1), 4 * 0.6 * 0.3 - (4 - math.pi) * 0.1**2),
+        (draw.circle, (-0.2, 0.3, 0.4), math.pi * 0.4**2),
     ],
 )
-def test_distances_agree_with_brute_force(shape, numbers):
+def test_distances_agree_with_brute_force(shape, numbers, area):
     x = torch.linspace(-1.4, 1.4, 57)
     p = torch.meshgrid(x, x, indexing="xy")
     grid = torch.stack(p, -1).flatten(0, 1)
     distance = shape(p, *numbers).flatten()
+    assert (distance <= 0).float().mean() * 2.85**2 == pytest.approx(area, abs=0.05)
     outside = distance > 0.1
     nearest = torch.cdist(grid[outside], grid[distance <= 0]).amin(1)
     assert (nearest - distance[outside]).abs().max() < 0.06  # the grid's spacing is 0.05
@@ -413,7 +414,7 @@ def test_unknown_set():
 
 @pytest.mark.parametrize("which", ["basic", "rich"])
 def test_preview(which, tmp_path, capsys):
-    data.main(f"--data {which} --captions detailed --size 16 --fps 25 --out {tmp_path}".split())
+    data.main(f"--data {which} --captions detailed --size 16 --frames 2 --fps 25 --out {tmp_path}".split())
     paths = [tmp_path / f"preview-{which}.{end}" for end in ("png", "gif")]
     assert capsys.readouterr().out.split() == list(map(str, paths))
     assert Image.open(paths[0]).size == Image.open(paths[1]).size
@@ -422,7 +423,7 @@ def test_preview(which, tmp_path, capsys):
     for frame in range(gif.n_frames):
         gif.seek(frame)
         durations.append(gif.info["duration"])
-    assert durations == [40] * 8  # milliseconds at 25 frames a second
+    assert durations == [40, 40]  # milliseconds at 25 frames a second
 
 
 def test_check_gets_all_options(tmp_path, monkeypatch):
