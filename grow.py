@@ -1,9 +1,8 @@
 """Growth: a larger model that computes the same function.
 
-ModelGrow (arXiv 2412.18966) makes a trained video model larger and continues its training. Nothing may be
-lost at the moment of growth, so growth is function-preserving (Net2Net, arXiv 1511.05641): the grown model
-computes what the base computed. The new parameters then learn what the old ones had no room for. An operator
-takes a model and returns a new one:
+ModelGrow (arXiv 2412.18966) makes a trained video model larger and continues its training. Growth must lose
+nothing, so it is function-preserving (Net2Net, arXiv 1511.05641): the grown model computes what the base
+computed. Training then teaches the new parameters. An operator takes a model and returns a new one:
 
     grow_depth        more blocks: zero-initialized copies                         the same bits
     grow_width        more channels and heads: duplicates that share the work      the same up to rounding
@@ -41,10 +40,10 @@ sum: [W/n + E, W/n - E] (for n > 2: n matrices that add up to zero).
 **The optimizer state** grows by the same map (`grow_state`). A parameter that the base had keeps its AdamW
 moments and its step count. A new parameter has no moments and begins at step 0. With zero moments under the
 old step count, Adam would take the second moment as converged, and the first update would be (1 - beta1) /
-sqrt(1 - beta2) of the right length: 3.2 times as long with beta2 = 0.999, and less than half with the 0.95
-of train.py. In width, n duplicates of an output share its gradient. So exp_avg is divided by n and exp_avg_sq
-by n^2 wherever rows are duplicated, which is everywhere but in the last map. This ignores the noise. The EMA
-is grown by the operator itself, with the same random numbers.
+sqrt(1 - beta2) times the right length: 3.2 with beta2 = 0.999, 0.45 with the 0.95 of train.py. In width, n
+duplicates of an output share its gradient. So exp_avg is divided by n and exp_avg_sq by n^2 wherever rows are
+duplicated, which is everywhere but in the last map. This ignores the noise. The EMA is grown by the operator
+itself, with the same random numbers.
 
 Left out: zero-padded width (inexact through LayerNorm), learned maps (LiGO), larger heads (inexact through
 rotary positions and qk-norm), growth by fractions.
@@ -58,8 +57,9 @@ from pathlib import Path
 
 import torch
 
-from dit import DiT, count_flops
+from dit import DiT
 from machine import run_command
+from proof import report
 from run import Checkpoint, history_tree, load_checkpoint, save_checkpoint
 
 # --------------------------------------------------------------------------------------------------------
@@ -70,12 +70,11 @@ ZEROS = ("gate", "proj", "both", "none")  # which factor of a copied block is ze
 
 
 def stacking_plan(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
-    """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?).
-
-    `depth` is N, `add` is P, `group` is M. There are N // M groups; blocks that are left over go to the first
-    groups, one each. Without M there are as many groups as blocks or copies, whichever are fewer, and copies
-    that are left over go to the first groups; where P divides N, this is the rule of LLaMA-Pro (arXiv
-    2401.02415). Raises ValueError where groups of M cannot share P copies evenly."""
+    """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?). `depth` is
+    N, `add` is P, `group` is M. There are N // M groups; the first groups take the blocks that are left over,
+    one each. Without M there are as many groups as blocks or copies, whichever are fewer; the first groups
+    take the copies that are left over. Where P divides N, this is the rule of LLaMA-Pro (arXiv 2401.02415).
+    Raises ValueError where groups of M cannot share P copies evenly."""
     if where not in WHERE:
         raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
     if not 1 <= add <= 1024:
@@ -290,10 +289,9 @@ def grow_optimizer_state(state: dict, base: DiT, grown: DiT, sources: dict[str, 
 @torch.no_grad()
 def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     """Grow weights, EMA and optimizer state by one map, and add the growth to the history in the metadata.
-
-    `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names the
-    parameters that growth has made since the last training. Raises ValueError for an unknown operator, and
-    for adapters on a model that has just grown: they would freeze new blocks while these are still zero."""
+    `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names what the
+    last growths have made, without a training between them. Raises ValueError for an unknown operator, and for
+    adapters on new parameters: they would freeze them while these are still zero."""
     if operator not in OPERATORS:
         raise ValueError(f"no growth is called {operator!r}; there are {', '.join(OPERATORS)}")
     metadata = {"history": [], "new": [], **checkpoint.metadata}
@@ -329,57 +327,10 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
 # The command, with its proof
 
 
-@torch.no_grad()
-def largest_difference(base: DiT, grown: DiT) -> tuple[float, float]:
-    """-> the largest |grown - base| and |base| over all outputs, on two random clips of the base's
-    shape with random timesteps and prompts of 4 and 7 tokens."""
-    c = base.config
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, c.frames, c.size, c.size, generator=g)
-    t = torch.rand(2, generator=g)
-    text = torch.randn(2, 7, c.text_dim, generator=g)
-    llm = torch.randn(2, 7, grown.config.llm_dim, generator=g)
-    mask = torch.arange(7) < torch.tensor([[4], [7]])
-    outputs = []
-    for model in (base, grown):
-        prompt = (text, mask, llm, mask) if model.config.llm_dim else (text, mask)
-        outputs.append(model(x, t, *prompt))
-    difference = (outputs[1] - outputs[0]).abs().max()
-    return difference.item(), outputs[0].abs().max().item()
-
-
-def report(base: DiT, grown: DiT, new: list[str], exact: bool) -> list[str]:
-    """Lines: how large both models are, which blocks are `new`, and how much the outputs differ. Raises
-    ValueError if they differ at all although the growth is `exact`."""
-    lines = []
-    for title, model in (("base", base), ("grown", grown)):
-        size = f"{model.config.depth} blocks of width {model.config.width}"
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        lengths = (16, 64) if model.config.llm_dim else (16,)  # tokens of text, and of an LLM
-        flops = count_flops(model, lengths, backward=False) / 1e9
-        lines.append(f"{title:7}{size:24}{parameters:10.2f} M parameters{flops:10.2f} GFLOPs forward")
-    if grown.config.depth > base.config.depth:
-        numbers = range(grown.config.depth)
-        blocks = [str(i) for i in numbers if f"blocks.{i}.adaln.weight" in new]
-        lines.append(f"new blocks: {' '.join(blocks)}")
-    difference, largest = largest_difference(base, grown)
-    if exact and difference != 0:
-        raise ValueError(f"the grown model must compute the same, but differs by {difference}: not written")
-    verdict = "another function"
-    if difference == 0:
-        verdict = "the same bits"
-    elif difference < 1e-4 * largest:
-        verdict = "the same up to rounding"
-    lines.append(f"largest difference in float32: {difference:.2g} of {largest:.2g}, {verdict}")
-    return lines
-
-
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line. Raises ValueError for options of a growth that is not asked for."""
-    parser = argparse.ArgumentParser(
-        description="Grow a checkpoint, in the order of this list, and prove that it computes the same. "
-        "Without a growth, print the history of the checkpoint."
-    )
+    about = "Grow a checkpoint, in the order of this list, and prove it. Without a growth, print its history."
+    parser = argparse.ArgumentParser(description=about)
     option = parser.add_argument
     option("checkpoint", help="run or checkpoint to grow")
     option("--merge", action="store_const", const=True, help="add the product of adapters to the weights")

@@ -251,6 +251,17 @@ def test_growth_leaves_random_numbers_and_mode_alone():
     assert not torch.equal(other.llm_embed.up.weight, grow.grow_llm(base, 7).llm_embed.up.weight)
 
 
+def test_the_llm_branch_copies_the_text_branch():
+    """Weights, shift and scale of the cross-attention to the text; the gate is zero."""
+    block = grow.grow_llm(random_model(), 7).blocks[1]
+    for name, weight in block.cross.state_dict().items():
+        assert torch.equal(block.cross_llm.state_dict()[name], weight), name
+    for name, weight in block.adaln.state_dict().items():
+        of_text = weight.unflatten(0, (3, 3, -1))[1]  # branches attn, cross, mlp; each (shift, scale, gate)
+        of_llm = block.adaln_llm.state_dict()[name].unflatten(0, (3, -1))
+        assert torch.equal(of_llm[:2], of_text[:2]) and (of_llm[2] == 0).all() and of_text[2].abs().min() > 0
+
+
 # --------------------------------------------------------------------------------------------------------
 # What is new learns
 
@@ -448,6 +459,16 @@ def test_history_is_a_tree_and_names_what_is_new():
     ]
 
 
+def test_what_has_grown_stays_new_where_growth_makes_no_parameters():
+    """Train, grow in depth, train, duplicate channels: `--tune new` still means the blocks."""
+    trained = {"train": "basic", "steps": 40, "captions": "short", "tune": "all", "seed": 0}
+    state = grow.grow_state(checkpoint_of(random_model()), "depth", add=2, where="suffix")
+    names = state.metadata["new"]
+    state.metadata["history"].append(trained)
+    state = grow.grow_state(state, "width")
+    assert set(state.metadata["new"]) == set(names) and len(names) == 2 * 16
+
+
 def test_new_parameters_are_followed_through_depth_growth():
     """Blocks move: what an untrained growth has made keeps being named."""
     state = grow.grow_state(checkpoint_of(random_model()), "depth", add=1, where="suffix")
@@ -540,7 +561,7 @@ def training_losses(model, optimizer_state, first, count):
 
 def test_growth_in_the_middle_of_training_has_no_spike():
     """The first three losses after growth against those of the model that did not grow, on the same
-    draws. Plain copies show that a spike would be seen. Width has a small one: its moments ignore the noise."""
+    draws. Plain copies show that a spike would be seen. Width has a small one: moments ignore its noise."""
     torch.manual_seed(1)
     model = DiT(replace(SMALL, width=32))
     _, moments = training_losses(model, {}, 0, 200)
