@@ -508,22 +508,37 @@ def test_a_kill_between_two_renames(copy_of_whole, encoder_name):
     assert not (copy_of_whole / "checkpoint.old").exists()
 
 
+LONGER = "--steps 60 --every 40"
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory, encoder_name):
+    """A run of 60 steps that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "longer"
+    run_in_child(brief(run, encoder_name, LONGER))
+    return run
+
+
+def run_in_child(argv):
+    """A training in a process of its own, from its beginning to its end."""
+    child = train_in_child(argv)
+    child.join(300)
+    assert child.exitcode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves(tmp_path, encoder_name, number):
-    long, run = "--steps 60 --every 25", tmp_path / "run"
-    child = train_in_child(brief(run, encoder_name, long))
-    wait_for_lines(run, 3, child)
+def test_a_run_that_is_asked_to_stop_saves(tmp_path, encoder_name, longer, number):
+    run = tmp_path / "run"
+    child = train_in_child(brief(run, encoder_name, LONGER))
+    wait_for_lines(run, 2, child)
     with pytest.raises(ValueError, match="another process is training in"):
         resume_training(run)
     os.kill(child.pid, number)
     child.join(60)
     assert child.exitcode == 0
     assert 0 < load_checkpoint(run).trainer_state["step"] < 60
-    for argv in (brief(tmp_path / "whole", encoder_name, long), ["--resume", "--out", str(run)]):
-        child = train_in_child(argv)
-        child.join(120)
-        assert child.exitcode == 0
-    assert same_run(run, tmp_path / "whole")
+    run_in_child(["--resume", "--out", str(run)])
+    assert same_run(run, longer)
 
 
 @pytest.mark.slow
