@@ -40,7 +40,7 @@ import start
 import train
 from align import align, swap
 from attention import attention
-from conftest import SMALL, random_inputs, random_model, randomize, same_run
+from conftest import SMALL, random_inputs, random_model, same_run
 from data import COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, WORDS
 from dit import DiT
 from draw import Actor, Scene
@@ -415,7 +415,8 @@ def test_first_updates_have_the_right_length(beta2, wrong):
 
 
 # --------------------------------------------------------------------------------------------------------
-# train.py: a step is Adam on a clipped gradient. All that is random in it follows from seed and step.
+# train.py: the loop learns, and growth does not disturb it. A single step, its random numbers, the learning
+# rate and the EMA are compared with formulas in tests/test_train.py.
 
 
 class WordPrompts(Prompts):
@@ -443,87 +444,6 @@ def options_of(out, more=""):
     """The options of a small training in the folder `out`."""
     line = f"--quick --depth 1 --frames 4 --size 16 --precision fp32 --device cpu --out {out} {more}"
     return train.parse_arguments(line.split())
-
-
-@pytest.fixture
-def training(tmp_path):
-    """All that the loop needs, with random weights everywhere."""
-    tr = start.set_up(options_of(tmp_path / "run", "--clips 64"), WordPrompts)
-    randomize(tr.model)
-    return tr
-
-
-def test_draws_are_a_function_of_seed_and_step(training):
-    first, again = (train.random_batch(training, 0, 7, 4000) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (train.random_batch(training, 0, 8, 4000), train.random_batch(training, 1, 7, 4000)):
-        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    logits = torch.logit(first.t)
-    assert logits.mean() == pytest.approx(-1, abs=0.05) and logits.std() == pytest.approx(0.65, abs=0.05)
-    assert first.noise.mean() == pytest.approx(0, abs=0.01) and first.noise.std() == pytest.approx(
-        1, abs=0.01
-    )
-
-
-def test_captions_are_dropped(training):
-    """Both encoders lose a tenth of the captions; the small one loses another half if there is an LLM. What
-    is left is the caption of the clip."""
-    training.text_dropout = 0.5
-    batch = train.random_batch(training, 0, 0, 4000)
-    rows = train.random_rows(0, 0, 4000, 64)
-    assert len(rows.unique()) == 64 and torch.equal(batch.x, training.data.clips.videos[rows])
-    no_text, no_llm = batch.text_rows == training.prompts.null, batch.llm_rows == training.prompts.null
-    assert no_llm.float().mean() == pytest.approx(0.1, abs=0.02)
-    assert no_text.float().mean() == pytest.approx(0.6, abs=0.03)
-    assert no_text[no_llm].all(), "the unconditional half must have no prompt at all"
-    captions = training.prompts.rows([training.data.clips.captions[row] for row in rows.tolist()])
-    assert torch.equal(batch.text_rows[~no_text], captions[~no_text])
-    assert torch.equal(batch.llm_rows[~no_llm], captions[~no_llm])
-
-
-def test_a_step_is_adam_on_a_clipped_gradient(training):
-    """The first step: both moments are those of one gradient of norm 1, and each weight moves by the learning
-    rate. Betas are 0.9 and 0.95."""
-    model = copy.deepcopy(training.model)
-    batch = train.random_batch(training, 0, 0, 8)
-    clips = batch.x.float() / 127.5 - 1
-    prompt = training.prompts.gather(batch.text_rows, batch.llm_rows)
-    truth = flow.flow_loss(model, clips, batch.t, batch.noise, prompt).mean()
-    truth.backward()
-    norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
-    assert norm > 2, "nothing to clip"
-    training.lr.fill_(0.01)
-    loss = train.training_step(training, batch)
-    assert loss.item() == pytest.approx(truth.item(), rel=1e-5) and not loss.requires_grad
-    for p, after in zip(model.parameters(), training.model.parameters(), strict=True):
-        gradient = p.grad / norm
-        entry = training.optimizer.state[after]
-        assert torch.allclose(entry["exp_avg"], 0.1 * gradient, rtol=1e-3, atol=1e-7)
-        assert torch.allclose(entry["exp_avg_sq"], 0.05 * gradient**2, rtol=1e-3, atol=1e-9)
-        clear = gradient.abs() > 1e-5  # a sign that rounding cannot turn
-        moved = p - 0.01 * gradient.sign()
-        assert torch.allclose(after[clear], moved[clear], atol=2e-5)
-        assert after.grad is None, "the gradient is not cleared"
-
-
-def test_the_learning_rate_warms_up_stays_and_decays():
-    rates = [train.learning_rate(2.0, step, 1000, warmup=100) for step in range(1001)]
-    assert rates[0] == pytest.approx(0.02) and rates[49] == 1.0
-    assert set(rates[99:701]) == {2.0}
-    assert rates[850] == pytest.approx(1.0) and rates[1000] == 0
-    assert train.learning_rate(2.0, 49, 1000, warmup=100, start=1.0) == 1.5  # from where the base stopped
-    assert train.learning_rate(2.0, 10**6, math.inf, warmup=100) == 2.0  # an unknown end does not decay
-
-
-def test_the_average_soon_forgets_the_first_weights():
-    model = random_model()
-    for step, kept in ((0, 0.1), (8, 0.5), (10**6, 0.9)):
-        ema = random_model(seed=1)
-        train.update_ema(ema, model, step, decay=0.9)
-        for p, q, s in zip(
-            ema.parameters(), model.parameters(), random_model(seed=1).parameters(), strict=True
-        ):
-            assert torch.allclose(p, kept * s + (1 - kept) * q, atol=1e-6)
 
 
 def test_training_learns(tmp_path):
@@ -663,21 +583,17 @@ def test_held_out_words_stay_out_of_training():
 # run.py: a run that was killed and resumed is the run that was not.
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
 def test_resume_is_exact_to_the_bit(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(options_of(whole, "--clips 16"), WordPrompts)
 
     def killed_at_step_16(ema, model, step, decay, update=train.update_ema):
         if step == 16:  # the last checkpoint is that of step 10
-            raise Killed
+            raise KeyboardInterrupt
         update(ema, model, step, decay)
 
     monkeypatch.setattr(train, "update_ema", killed_at_step_16)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         train.train(options_of(killed, "--clips 16"), WordPrompts)
     monkeypatch.undo()
     train.train(train.parse_arguments(["--resume", "--out", str(killed)]), WordPrompts)
@@ -699,7 +615,7 @@ class Oracle:
 
     def __call__(self, videos):
         logits = {"presence": self.truth["presence"], "place": self.truth["place"]}
-        for name, classes in (("motion", 8), ("size", 3), ("count", 3), ("background", 5)):
+        for name, classes in (("motion", 8), ("background", 5)):
             logits[name] = F.one_hot(self.truth[name].clamp_min(0), classes).float()
         logits["colour"] = F.one_hot(self.truth["colour"][..., 0].clamp_min(0), 6).float()
         return logits
@@ -778,22 +694,18 @@ def run(command, folder):
 
 
 @pytest.mark.slow
-def test_train_grow_sample_evaluate(tmp_path):
+def test_train_grow_sample(tmp_path):
     run("train.py --quick", tmp_path)
     printed = run("train.py --quick --grow depth", tmp_path)
     before, after = re.search(r"loss ([\d.]+) before growth, ([\d.]+) after", printed).groups()
     assert before == after
     assert "the same bits" in run("grow.py runs/base --depth insert --add 6 --out runs/grown", tmp_path)
     run("sample.py a-cat-surfing --from runs/base-depth --steps 2", tmp_path)
-    run("-m lab.evaluate runs/base-depth --count 8 --steps 2", tmp_path)
-    run("data.py", tmp_path)
     for name in (
         "runs/base/samples/step_000020.gif",
         "runs/base-depth/loss.png",
-        "runs/base-depth/evaluation.json",
         "runs/grown/checkpoint/model.safetensors",
         "samples/a-cat-surfing.mp4",
         "samples/a-cat-surfing.gif",
-        "samples/preview-basic.png",
     ):
         assert (tmp_path / name).is_file(), name
