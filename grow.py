@@ -290,8 +290,8 @@ def grow_optimizer_state(state: dict, base: DiT, grown: DiT, sources: dict[str, 
 def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     """Grow weights, EMA and optimizer state by one map, and add the growth to the history in the metadata.
     `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names what the
-    last growths have made, without a training between them. Raises ValueError for an unknown operator, and for
-    adapters on new parameters: they would freeze them while these are still zero."""
+    last growths have made, without a training between them. Raises ValueError for an unknown operator, and
+    for adapters on new parameters: they would freeze them while these are still zero."""
     if operator not in OPERATORS:
         raise ValueError(f"no growth is called {operator!r}; there are {', '.join(OPERATORS)}")
     metadata = {"history": [], "new": [], **checkpoint.metadata}
