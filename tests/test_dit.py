@@ -93,7 +93,7 @@ def test_the_embedding_of_the_timestep_is_smooth():
 
 
 # --------------------------------------------------------------------------------------------------------
-# The block against formulas
+# The network against formulas
 
 
 def normed(x):
@@ -146,17 +146,45 @@ def block_by_hand(block, x, c, rope, text, llm):
     return x + gate * block.mlp.down(up * (1 + torch.erf(up / 2**0.5)) / 2)
 
 
-def test_block_against_formulas():
-    model = random_model(replace(SMALL, llm_dim=10), dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    D = SMALL.width
-    x, text, llm = (torch.randn(1, n, D, generator=g, dtype=torch.float64) for n in (32, 5, 7))
-    c = torch.randn(1, D, generator=g, dtype=torch.float64)
-    rope = dit.rope_cos_sin(dit.grid_positions(2, 4, 4, "cpu"), SMALL.head_dim)
-    out = model.blocks[0](x, c, rope, text, None, llm, None)[0]
-    expected = block_by_hand(model.blocks[0], x[0], c[0], rope, text[0], llm[0])
-    assert torch.allclose(out, expected, atol=1e-10)
-    assert (out - x[0]).std() > 0.1
+def token_positions(config):
+    """-> (N, 3): time, height and width of each patch, counted with loops."""
+    places = []
+    for t in range(config.frames // config.patch_time):
+        for y in range(config.size // config.patch_size):
+            for x in range(config.size // config.patch_size):
+                places.append((t, y, x))
+    return torch.tensor(places, dtype=torch.float32)
+
+
+@torch.no_grad()
+def network_by_hand(model, x, t, text, llm):
+    """`DiT.forward` for one clip x (3, T, H, W), without masks -> tokens of the predicted clip."""
+    config, places = model.config, token_positions(model.config)
+    tokens, _ = dit.patchify(x[None], config)
+    absolute = dit.position_embedding(places, config.head_dim)  # the same for each head
+    h = model.patch_embed(tokens[0]) + torch.cat([absolute] * config.heads, -1)
+    angles = t * config.time_scale * (10 * config.time_scale) ** (-torch.arange(64) / 64)
+    embedded = model.time_embed(torch.cat([angles.cos(), angles.sin()]).double())
+    c = embedded / (1 + torch.exp(-embedded))  # SiLU
+    text = normed(model.text_embed(normed(text)))
+    llm = normed(model.llm_embed(normed(llm)))
+    for block in model.blocks:
+        h = block_by_hand(block, h, c, dit.rope_cos_sin(places, config.head_dim), text, llm)
+    shift, scale = model.final_adaln(c).chunk(2)
+    return model.final(normed(h) * (1 + scale) + shift)
+
+
+def test_network_against_formulas():
+    config = replace(SMALL, llm_dim=10)
+    model = random_model(config, dtype=torch.float64)
+    x, t, text, _ = random_inputs(dtype=torch.float64)
+    llm = torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    masks = [torch.ones(2, length, dtype=torch.bool) for length in (5, 7)]
+    out, _ = dit.patchify(model(x, t, text, masks[0], llm, masks[1]), config)
+    for i in range(2):
+        expected = network_by_hand(model, x[i], t[i], text[i], llm[i])
+        assert torch.allclose(out[i], expected, atol=1e-6)  # positions and timesteps are float32
+    assert out.std() > 0.1
 
 
 def test_an_adapter_adds_a_product_of_two_matrices():
@@ -170,7 +198,7 @@ def test_an_adapter_adds_a_product_of_two_matrices():
 
 
 # --------------------------------------------------------------------------------------------------------
-# The network
+# The network: shapes, types, backends, initialization
 
 
 def test_any_number_of_frames_and_any_size():
