@@ -220,17 +220,13 @@ def wan_like(config):
     diffusers."""
     from diffusers import WanTransformer3DModel
 
+    patch = config.patch_time, config.patch_size, config.patch_size
+    hidden = config.mlp_ratio * config.width
     model = WanTransformer3DModel(
-        patch_size=(config.patch_time, config.patch_size, config.patch_size),
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=3,
-        out_channels=3,
-        text_dim=config.text_dim,
-        freq_dim=256,
-        ffn_dim=config.mlp_ratio * config.width,
+        patch_size=patch, num_attention_heads=config.heads, attention_head_dim=config.head_dim,
+        in_channels=3, out_channels=3, text_dim=config.text_dim, freq_dim=256, ffn_dim=hidden,
         num_layers=config.depth,
-    )
+    )  # fmt: skip
 
     def forward(x, t, text, mask):
         return model(x, 1000 * t, text, return_dict=False)[0]
@@ -244,23 +240,13 @@ def latte_like(config):
     from diffusers import LatteTransformer3DModel
 
     pt = config.patch_time
-    model = LatteTransformer3DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=3 * pt,
-        out_channels=3 * pt,
-        num_layers=config.depth // 2,  # each has a spatial and a temporal block
-        attention_bias=True,
-        sample_size=config.size,
-        patch_size=config.patch_size,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=config.text_dim,
-        video_length=config.frames // pt,
-    )
+    model = LatteTransformer3DModel(  # a layer is a spatial and a temporal block
+        num_attention_heads=config.heads, attention_head_dim=config.head_dim, in_channels=3 * pt,
+        out_channels=3 * pt, num_layers=config.depth // 2, attention_bias=True, sample_size=config.size,
+        patch_size=config.patch_size, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+        caption_channels=config.text_dim, video_length=config.frames // pt,
+    )  # fmt: skip
 
     def forward(x, t, text, mask):
         stacked = x.unflatten(2, (-1, pt)).transpose(2, 3).flatten(1, 2)  # (B, 3 pt, T / pt, H, W)

@@ -52,61 +52,51 @@ NOT_COVERED = (
     " T2V-CompBench's object interactions"
 )
 
-# A claim and the comparisons that would all have to hold: "better arm > worse arm: what is measured". That is
-# the loss on rich or basic when the budget is spent, the loss on basic after equally many steps, the last
-# loss of the curve, or the scores of a set of prompts, or of two such sets, one for each arm.
-CLAIMS = {
-    "Blocks that are inserted evenly beat blocks at the end (suffix), and those beat blocks at the start"
-    " (prefix), as in LLaMA-Pro.": ["insert > suffix: rich", "suffix > prefix: rich"],
-    "Zero-initialized copies (function-preserving) keep what was learned better than plain copies.": [
-        "insert > insert, plain copies: basic"
-    ],
-    "Zero-initialized copies learn more than plain copies.": ["insert > insert, plain copies: rich"],
-    "On the new data expansion beats dense continuation, and dense continuation beats LoRA.": [
-        "insert > continued: rich",
-        "continued > lora: rich",
-    ],
-    "Expansion forgets less of the old data than dense continuation.": [
-        "insert > continued: basic",
-        "insert > continued: basic, equal steps",
-    ],
-    "LoRA forgets less than expansion.": ["lora > insert: basic"],
-    "Freezing the old blocks, as LLaMA-Pro does, reduces forgetting.": [
-        "insert, old blocks frozen > insert: basic"
-    ],
-    "The language model helps on prompts of several actors, long or short.": [
-        "insert + llm > insert: long",
-        "insert + llm, short captions > insert, short captions: several actors",
-    ],
-    "Detailed training captions help, with or without the language model, if each model is prompted in the"
-    " style that it was trained on.": [
-        "insert > insert, short captions: long against several actors",
-        "insert + llm > insert + llm, short captions: long against several actors",
-    ],
-    "Growing a base trained on `basic` beats training the large model on `rich` from scratch with the whole"
-    " budget.": ["insert > large from scratch: rich"],
-    "Growing a base trained on `basic` beats growing an untrained base.": [
-        "insert > insert into an untrained base: rich"
-    ],
-    "The language model helps with words that were in no training caption.": [
-        "llm last > base encoder: held-out words",
-        "llm middle > base encoder: held-out words",
-        "llm mean > base encoder: held-out words",
-    ],
-    "The language model costs accuracy on words of the training captions.": [
-        "base encoder > llm last: seen",
-        "base encoder > llm middle: seen",
-        "base encoder > llm mean: seen",
-    ],
-    "The gain on new words comes from what the language model says, not from a second branch or its"
-    " parameters.": [
-        "llm mean > minilm twice: held-out words",
-        "llm mean, nothing hidden > wrong captions, nothing hidden: held-out words",
-    ],
-    "The mean over the layers of the language model is better than its last layer.": [
-        "llm mean > llm last: held-out words"
-    ],
-}
+# Claims, each with the comparisons that must all hold: "better arm > worse arm: what is measured".
+# That is the loss on rich or basic when the budget is spent, the loss on basic after equally many steps, the
+# last loss of the curve, or the scores of a set of prompts, or of two such sets, one for each arm.
+CLAIMS = """
+Blocks that are inserted evenly beat blocks at the end (suffix), and those beat blocks at the start (prefix).
+    insert > suffix: rich
+    suffix > prefix: rich
+Zero-initialized copies (function-preserving) keep what was learned better than plain copies.
+    insert > insert, plain copies: basic
+Zero-initialized copies learn more than plain copies.
+    insert > insert, plain copies: rich
+On the new data expansion beats dense continuation, and dense continuation beats LoRA.
+    insert > continued: rich
+    continued > lora: rich
+Expansion forgets less of the old data than dense continuation.
+    insert > continued: basic
+    insert > continued: basic, equal steps
+LoRA forgets less than expansion.
+    lora > insert: basic
+Freezing the old blocks, as LLaMA-Pro does, reduces forgetting.
+    insert, old blocks frozen > insert: basic
+The language model helps on prompts of several actors, long or short.
+    insert + llm > insert: long
+    insert + llm, short captions > insert, short captions: several actors
+Detailed training captions help, if each model is prompted in the style that it was trained on.
+    insert > insert, short captions: long against several actors
+    insert + llm > insert + llm, short captions: long against several actors
+Growing a base trained on `basic` beats training the large model from scratch with the whole budget.
+    insert > large from scratch: rich
+Growing a base trained on `basic` beats growing an untrained base.
+    insert > insert into an untrained base: rich
+The language model helps with words that were in no training caption.
+    llm last > base encoder: held-out words
+    llm middle > base encoder: held-out words
+    llm mean > base encoder: held-out words
+The language model costs accuracy on words of the training captions.
+    base encoder > llm last: seen
+    base encoder > llm middle: seen
+    base encoder > llm mean: seen
+The gain on new words comes from what the language model says, not from a second branch or its parameters.
+    llm mean > minilm twice: held-out words
+    llm mean, nothing hidden > wrong captions, nothing hidden: held-out words
+The mean over the layers of the language model is better than its last layer.
+    llm mean > llm last: held-out words
+"""
 NEGATIVE = (  # of designs that the code no longer has
     "- **A refiner helps** (two blocks of self-attention over the features of the language model, in front of"
     " its branch). Contradicted, and removed from the code. On held-out words: *llm last, refiner* over *llm"
@@ -278,15 +268,25 @@ def since_growth(arm, seed, by_arm, starts):
 # Sections of the report. found: {arm: {seed: result}}
 
 
+def read_claims() -> dict[str, list[tuple[str, str, str]]]:
+    """CLAIMS -> {claim: [(better arm, worse arm, what is measured)]}."""
+    found = {}
+    for line in CLAIMS.strip().splitlines():
+        if not line.startswith(" "):
+            comparisons = found[line] = []
+            continue
+        arms, name = line.strip().split(": ")
+        comparisons.append((*arms.split(" > "), name))
+    return found
+
+
 def claims(found) -> list[str]:
     """A paragraph for each claim some of whose arms are there: the verdict and the gains it rests on. A
     missing comparison leaves a claim open; a contradicted one decides it."""
     text = []
-    for claim, comparisons in CLAIMS.items():
+    for claim, comparisons in read_claims().items():
         reasons, verdicts = [], []
-        for comparison in comparisons:
-            arms, name = comparison.split(": ")
-            better, worse = arms.split(" > ")
+        for better, worse, name in comparisons:
             values = gains(found.get(better, {}), found.get(worse, {}), name)
             verdicts.append(verdict(values))
             if values:
@@ -583,7 +583,7 @@ def write_report(folder: Path, parts) -> str:
         text += longer_section(found["longer"], folder)
     if language:
         text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
-    text += ["## Negative results of designs that were removed", NEGATIVE]
+        text += ["## Negative results of designs that were removed", NEGATIVE]
     reader = folder / "reader.json"
     if reader.is_file():
         text += ["## The reader", "What it reads of true clips:", score_table(json.loads(reader.read_text()))]

@@ -150,6 +150,15 @@ def test_scores_count_what_is_right():
     scores = evaluate.score(Oracle(wrong + scenes[15:]), videos, scenes)
     assert scores["colour"] == scores["all"] == 0.75
     assert scores["subject"] == scores["motion"] == scores["background"] == scores["place"] == 1
+    wrong = []
+    for scene in scenes[:15]:
+        actor = scene.actors[0]
+        kind = KINDS[KINDS.index(actor.kind) - 1]
+        wrong.append(replace(scene, actors=(replace(actor, kind=kind),), background="night"))
+    scores = evaluate.score(Oracle(wrong + scenes[15:]), videos, scenes)
+    nights = sum(scene.background == "night" for scene in scenes[:15])
+    assert scores["subject"] == scores["all"] == 0.75 and scores["colour"] == 1  # of the kind that is there
+    assert scores["background"] == pytest.approx((45 + nights) / 60)
 
 
 def test_scores_of_several_actors():
