@@ -68,7 +68,18 @@ def test_fit_against_least_squares():
     solution = torch.linalg.lstsq(ones, y).solution  # (7, 4)
     assert torch.allclose(W, solution[:6].T, atol=1e-4) and torch.allclose(b, solution[6], atol=1e-3)
     W_ridge, _ = align.fit([(x, y)])
-    assert W_ridge.norm() < W.norm()
+    assert (W_ridge.norm() / W.norm()).item() == pytest.approx(1 / (1 + align.RIDGE), abs=0.003)
+
+
+def test_the_embedding_contains_the_map(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(SMALL.text_dim, 7, generator=generator)
+    b = torch.randn(SMALL.text_dim, generator=generator)
+    monkeypatch.setattr(align, "translate", lambda prompts, captions: (W, b))
+    grown = grow_llm(random_model(), 7)
+    align.align((grown,), WordPrompts(), [[1]])
+    x = torch.randn(5, 7, generator=generator)
+    assert torch.allclose(grown.llm_embed(x), grown.text_embed(x @ W.T + b), atol=1e-5)
 
 
 def test_an_aligned_branch_reads_the_llm_as_it_reads_the_text(captions):
