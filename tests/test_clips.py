@@ -21,6 +21,7 @@ import threading
 import time
 import zlib
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -309,7 +310,8 @@ def decode_file(path, *how):
     if kind == "hang":
         re.match("(a+)+$", "a" * 60 + "b")  # C code that neither ends nor lets signals through
     if kind == "greedy":
-        decode.decode = lambda *_: bytearray(8 << 30)
+        real = decode.decode
+        decode.decode = lambda *how: (bytearray(5 << 30), real(*how))[1]
     return decode.decode_file(path, *how)
 '''
 
@@ -524,6 +526,7 @@ ROWS = [
     (b'{"file_name": "e.gif", "text": "caf\xe9"}', "not UTF-8"),
     (b"[" * 100_000, "not a JSON object"),
     (b'{"file_name": "e.gif", "text": "' + b"x" * 10_000_000 + b'"}', "longer than 1048576"),
+    (b'{"file_name": "g.gif", "text": "half a \\ud83d character"}', None),
     ({"file_name": "e.gif", "text": "the last line"}, None),
 ]
 
@@ -531,16 +534,20 @@ ROWS = [
 def test_metadata_is_read_row_by_row(tmp_path):
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row, _ in ROWS]
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    (tmp_path / "metadata.csv").write_text('file_name,text\na.gif,twice\nf.gif,"two\nlines"\n')
-    captions, problems = clips.read_metadata(tmp_path, ["a.gif", "e.gif", "f.gif", "d"])
+    rows = ["file_name,text", "a.gif,twice", 'f.gif,"two\nlines"', "h.gif," + "x" * 200_000, "h.gif,last"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    captions, problems = clips.read_metadata(tmp_path, ["a.gif", "d", "e.gif", "f.gif", "g.gif", "h.gif"])
     assert captions == {
         "a.gif": ("a long caption", "a caption"),
         "d": ("pictures", "pictures"),
         "e.gif": ("the last line", "the last line"),
         "f.gif": ("two lines", "two lines"),
+        "h.gif": ("last", "last"),
+        "g.gif": ("half a ? character", "half a ? character"),
     }
     reasons = dict(problems)
     assert "has a caption already" in reasons.pop("metadata.csv, line 2")
+    assert "field larger than field limit" in reasons.pop("metadata.csv, line 5")
     for number, (_, reason) in enumerate(ROWS, 1):
         if reason:
             assert reason in reasons.pop(f"metadata.jsonl, line {number}"), number
@@ -588,8 +595,9 @@ def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     }
 
 
-def test_nothing_leads_out_of_a_folder(tmp_path, monkeypatch, all_in_training, direct):
+def test_nothing_leads_out_of_a_folder(tmp_path, monkeypatch, all_in_training):
     """Names that FFmpeg would take for instructions, links in folders of pictures, loops, pipes, bytes."""
+    monkeypatch.setattr(decode, "time_limit", lambda *_: 20)  # a pipe would be waited for
     root = lay_out(tmp_path / "my", "a.gif", "12:30.gif")
     (tmp_path / "secret.csv").write_text("file_name,text\na.gif,secret\n")
     for way in ("concat:", "subfile,,start,0,end,0,,:"):
@@ -709,25 +717,25 @@ def test_a_cache_that_broke_off_is_continued(tmp_path, decoded, all_in_training,
 
 
 def test_the_bytes_come_before_the_line(tmp_path, monkeypatch, all_in_training, direct):
-    """A kill at any write leaves a cache that is continued."""
+    """Bytes are on the disk before a line describes them. A kill at any write leaves a cache that goes on."""
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif")
     monkeypatch.setattr(clips, "COMMIT", 1)
-    real, left = os.fsync, None
+    real, files = os.fsync, []
 
-    def fsync(number):
-        nonlocal left
-        left -= 1
-        if left < 0:
+    def fsync(writes, number):
+        files.append(os.readlink(f"/proc/self/fd/{number}").rpartition("/")[2])
+        if len(files) > writes:
             raise KeyboardInterrupt
         real(number)
 
     for writes in range(6):
         shutil.rmtree(clips.Cache(root, 8, 32, 8).path)
-        left = writes
+        files.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "fsync", fsync)
+            patch.setattr(os, "fsync", partial(fsync, writes))
             scan(root)
         assert is_whole(root)
+    assert files == ["clips.bin", "manifest.jsonl"] * 3
 
 
 def test_two_starts_at_once_decode_once(tmp_path, decoded, all_in_training):
