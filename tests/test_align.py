@@ -119,6 +119,8 @@ def test_one_caption_is_enough(captions):
     grown = grow_llm(random_model(), SMALL.text_dim)
     align.align((grown,), WordPrompts(), captions[:1])
     assert all(parameter.isfinite().all() for parameter in grown.parameters())
+    W, b = align.fit([(torch.ones(3, 4), torch.full((3, 2), 5.0))])  # no variance at all
+    assert W.isfinite().all() and torch.allclose(W @ torch.ones(4) + b, torch.tensor(5.0))
 
 
 def test_both_halves_of_an_alternating_set_are_read():
