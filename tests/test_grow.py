@@ -643,6 +643,7 @@ def test_the_command_proves_every_growth(trained, tmp_path, capsys, options, exa
         assert (float(found), verdict) == (0, "the same bits")
     else:
         assert 0 < float(found) < 1e-5 and verdict == "the same up to rounding"
+        assert "mlp: mlp_ratio 4 -> 12, factor 3, noise 0.5" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]  # without --out nothing is written
 
 
