@@ -151,7 +151,7 @@ def read_csv(path: Path, problems: list):
         except StopIteration:
             return
         except csv.Error as error:
-            problems.append((f"{path.name}, line {rows.line_num}", str(error)))
+            problems.append((f"{path.name}, line {rows.reader.line_num}", str(error)))
             continue
         yield rows.line_num, row
 
