@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: every one that is broken at random is refused in one line, or taken and of use."""
+"""Checkpoints that are broken at random: each is refused in one line, or it is taken and of use."""
 
 import copy
 import shutil
