@@ -82,12 +82,12 @@ class RowStore:
     """
 
     def __init__(self, tensor: torch.Tensor, rows: torch.Tensor, device: torch.device):
-        self.tensor, self.rows, self.device = tensor, rows, device
+        self.tensor, self.rows, self.device = tensor, rows.cpu(), device
         self.pool, self.ahead = None, {}
         if device.type == "cpu" or tensor.device == device:
-            return
+            return  # it lies where it is needed, or is mapped into memory
         if fits(len(rows) * tensor[0].nbytes, device):
-            self.tensor, self.rows = tensor[rows].to(device), torch.arange(len(rows))
+            self.tensor, self.rows = tensor[self.rows].to(device), torch.arange(len(rows))
         else:
             self.pool = ThreadPoolExecutor(1)  # one reader of a file is as fast as several
 
