@@ -35,7 +35,7 @@ patch embedding (the sky is above). They have `head_dim` channels and are repeat
 parameters: a model runs at any number of frames and any size, and nothing changes when heads are added.
 
 **Norms have no parameters**: LayerNorm on tokens, RMSNorm on each head of q and k (qk-norm). Scale and shift
-come from adaLN anyway. Without per-channel parameters the width can be doubled exactly (grow.py).
+come from adaLN, and the width can be doubled exactly (grow.py).
 
 **Types.** Under autocast (machine.py) every linear map and attention runs in bfloat16. The residual stream x
 stays float32: `patch_embed` gives bfloat16, adding the float32 position embedding makes it float32, and `x +
@@ -44,8 +44,7 @@ the shift, bfloat16, which the next matrix product wants anyway. The embedded ti
 autocast everything has the type of the input, so that tests can run in float64.
 
 **Adapters.** If lora_rank > 0, every linear map of attention and MLP has a low-rank one beside it (LoRA,
-arXiv 2106.09685): W x + B A x, with A (rank, in) random and B (out, rank) zero at first. The usual factor
-alpha / rank is left out; it acts like a learning rate.
+arXiv 2106.09685): W x + B A x, with A random and B zero at first, without the usual factor alpha / rank.
 
 Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, separate spatial and temporal attention
 (full attention is affordable here), adaLN-single, dropout, and any registry or base class.
@@ -116,15 +115,13 @@ class DiTConfig:
         """Channels of an attention head."""
         return self.width // self.heads
 
-    def tokens(self, frames: int | None = None, size: int | None = None) -> int:
-        """Number of tokens N of a clip; by default of a training clip."""
-        frames = frames or self.frames
-        size = size or self.size
-        return (frames // self.patch_time) * (size // self.patch_size) ** 2
+    def tokens(self) -> int:
+        """Number of tokens N of a training clip."""
+        return (self.frames // self.patch_time) * (self.size // self.patch_size) ** 2
 
 
 PRESETS: dict[str, DiTConfig] = {
-    # for the study and tests; for two CPU cores (the default); for one GPU; for one GPU and patience
+    # for the study; for two CPU cores (the default); for one GPU; for one GPU and patience
     "nano": DiTConfig(frames=8, size=32, patch_time=2, patch_size=8, width=128, depth=4, heads=4),
     "tiny": DiTConfig(frames=8, size=32, patch_time=4, patch_size=4, width=128, depth=4, heads=4),
     "small": DiTConfig(frames=16, size=64, patch_time=2, patch_size=4, width=384, depth=12, heads=6),
@@ -417,16 +414,13 @@ def count_flops(model: DiT, lengths, backward: bool = True) -> int:
 
 def main():
     """Print the presets: `python dit.py`."""
-    row = "{:6}  {:>6}  {:>4}  {:5}  {:>5}  {:>5}  {:>5}  {:>6}  {:>10}  {}"
-    titles = ("preset", "frames", "size", "patch", "width", "depth", "heads", "tokens", "parameters")
-    print(row.format(*titles, "GFLOPs per clip, forward"))
-    for name, c in PRESETS.items():
+    print("preset  parameters  tokens  GFLOPs per clip, forward")
+    for name, config in PRESETS.items():
         with torch.device("meta"):
-            model = DiT(c)
+            model = DiT(config)
         parameters = sum(p.numel() for p in model.parameters())
-        patch = f"{c.patch_time}x{c.patch_size}x{c.patch_size}"
-        sizes = c.frames, c.size, patch, c.width, c.depth, c.heads, c.tokens(), f"{parameters / 1e6:.1f} M"
-        print(row.format(name, *sizes, f"{count_flops(model, [16], backward=False) / 1e9:.2f}"))
+        flops = count_flops(model, [16], backward=False)
+        print(f"{name:6}  {parameters / 1e6:8.1f} M  {config.tokens():6}  {flops / 1e9:7.2f}  {config}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,8 @@ resumed draws what it would have drawn.
 loop looks at a loss every tenth step only. On a CUDA GPU the step is recorded as a CUDA graph (machine.py).
 
 **Continuing from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and optimizer state
-along and counts its steps. The learning rate starts where that run ended: one that had decayed is warmed up
-again, one on its plateau continues. Frozen weights (`--tune new`, LLaMA-Pro's rule; `--tune lora`) are set to
-their EMA values, because they will no longer be averaged. If the base learned from other data of the toy
-world, the loss on those is watched too: what is forgotten.
-
-**Memory.** `--accumulate` cuts a batch into parts whose gradients are summed, `--checkpoint-activations`
-computes the insides of a block again in the backward pass, `--shard` cuts the model (parallel.py).
+along and counts its steps (start.py). The learning rate starts where that run ended: one that had decayed is
+warmed up again, one on its plateau continues.
 
 Differences from big trainers: no configuration files, no logger but a file of JSON lines (run.py).
 """
@@ -43,9 +38,9 @@ from clips import MAX_BAD
 from data import SETS
 from dit import PRESETS
 from flow import flow_loss, logit_normal
-from grow import ZEROS
+from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, Diverged, Run, newest_checkpoint
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint
 from start import Training, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
@@ -53,10 +48,7 @@ from validate import compare_with_base, save, validate_and_save
 CFG_DROPOUT = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
 CLIP_NORM = 1.0  # largest norm of the gradient
 TIMED_STEPS = 3 * LOG_EVERY  # after which --minutes fixes the number of steps
-MEMORY_HINT = (
-    "lower --batch or raise --accumulate, give --checkpoint-activations, or take a smaller --preset, --size"
-    " or --frames"
-)
+MEMORY_HINT = "lower --batch or --size, raise --accumulate, or give --checkpoint-activations"
 
 # --------------------------------------------------------------------------------------------------------
 # The command line
@@ -73,11 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="pixels per side of a clip (as the preset or the base)")
     add("--depth", type=int, help="blocks of a new model (as the preset)")
     add("--data", help="basic, rich or both of the toy world, or a folder of clips (basic; rich with --from)")
-    add(
-        "--captions",
-        choices=("short", "detailed", "both"),
-        help="(short for basic, both for both, else detailed)",
-    )
+    add("--captions", choices=("short", "detailed", "both"), help="(basic: short; both: both; else detailed)")
     add("--fps", type=float, help="frames per second at which a folder's videos are read (as the base, or 8)")
     add("--max-bad", type=float, default=MAX_BAD, help="share of a folder's files that may be bad (0.1)")
     add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five (train)")
@@ -87,17 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--from",
         dest="base",
-        help="run or checkpoint to continue from (with --grow: runs/base, or pretrained)",
+        help="run or checkpoint (with --grow: runs/base, else pretrained; without: none)",
     )
-    add(
-        "--grow",
-        metavar="HOW",
-        help="depth (zero-initialized copies), width, mlp, llm, or several: depth,llm",
-    )
+    add("--grow", metavar="HOW", help="depth (zero-initialized copies), width, mlp, llm; or depth,llm (off)")
     add("--add", type=int, help="with --grow depth: blocks to add (as many as there are)")
-    add(
-        "--where", default="insert", choices=("insert", "prefix", "suffix"), help="with --grow depth (insert)"
-    )
+    add("--where", default="insert", choices=WHERE, help="with --grow depth: where the copies go (insert)")
     add("--zero", default="gate", choices=ZEROS, help="with --grow depth: what is zero in the copies (gate)")
     add("--llm", default="smollm2", help="with --grow llm: smollm2, a directory or a Hub id (smollm2)")
     add("--llm-features", default="last", choices=LLM_LAYERS, help="with --grow llm: which layers (last)")
@@ -147,7 +129,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     defaults = parser.parse_args([])
     if given.grow and not given.base:
-        given.base = "runs/base" if Path("runs/base").exists() else str(newest_checkpoint(Path("no runs")))
+        given.base = default_base()
     given.out = given.out or default_folder(given)
     if given.resume:
         return resumed_arguments(parser, argv, given.out)
@@ -155,6 +137,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     fill_defaults(given, defaults)
     check_numbers(given)
     return given
+
+
+def default_base() -> str:
+    """What --grow grows if no base is named: runs/base, else the model that comes with the repository."""
+    try:
+        return str(find_checkpoint("runs/base"))
+    except FileNotFoundError:
+        return str(PRETRAINED)
 
 
 def default_folder(args) -> str:

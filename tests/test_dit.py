@@ -310,8 +310,8 @@ def test_every_preset_is_printed(capsys):
     dit.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", *dit.PRESETS]
-    assert lines[2].split()[7] == "128"  # tiny: 2 x 8 x 8 tokens
-    assert dit.PRESETS["tiny"].tokens() == 128 and SMALL.tokens(8, 32) == 256
+    assert lines[2].split()[3] == "128"  # tiny: 2 x 8 x 8 tokens
+    assert dit.PRESETS["tiny"].tokens() == 128
 
 
 def test_the_network_needs_neither_data_nor_transformers():
