@@ -195,6 +195,7 @@ class Layer(nn.Module):
     def forward(self, x, mask=None):
         """x (B, N, D), mask (B, N) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        q, k = q.float(), k.float()  # as norms may return them
         return self.proj(attention(q, k, v, mask, self.backend).transpose(1, 2).flatten(2))
 
 
