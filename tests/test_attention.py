@@ -52,6 +52,18 @@ def test_unknown_backend():
         attention(*torch.zeros(3, 1, 1, 2, 4), backend="flash")
 
 
+def test_the_command_compares_backends(capsys):
+    """`python attention.py` prints a row of errors for each backend and type; those in float32 are small."""
+    attention_module.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    errors = {
+        tuple(row[:2]): [float(x) for x in row[2:]] for row in rows if row[1] in ("float32", "bfloat16")
+    }
+    assert set(errors) >= {(backend, t) for backend in ("eager", "sdpa") for t in ("float32", "bfloat16")}
+    for (_, dtype), found in errors.items():
+        assert len(found) == 4 and max(found) < (1e-5 if dtype == "float32" else 2e-2)
+
+
 @pytest.fixture
 def fused_calls(monkeypatch):
     """A list that gets longer with each call of torch's fused attention."""
