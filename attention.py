@@ -270,8 +270,8 @@ class TritonAttention(torch.autograd.Function):
 
 
 def triton_attention(q, k, v, mask=None):
-    """As `attention`, by the kernel; under autocast in its type. B and heads are at most 65,535, as CUDA wants
-    it. Raises ValueError for what it cannot do."""
+    """As `attention`, by the kernel; under autocast in its type. CUDA allows B and heads up to 65,535 each.
+    Raises ValueError for what it cannot do."""
     if triton is None:
         raise ValueError("the backend triton needs the package triton: pip install triton")
     if torch.is_autocast_enabled(q.device.type):
