@@ -155,7 +155,7 @@ def test_an_arm_that_was_stopped_ends_as_one_that_was_not(small_study, tmp_path,
 
 @pytest.mark.slow
 def test_the_quick_study_runs_every_kind_of_arm(tmp_path, monkeypatch, encoder_name, capsys):
-    """Growth, LoRA, LLM and controls, from nothing to the report, and the command that makes only the report."""
+    """Growth, LoRA, LLM and controls, from nothing to the report, and the command that only reports."""
     llm = tiny_llm(tmp_path / "llm")
     parts = {}
     for part, arms in study.PARTS.items():
@@ -253,8 +253,8 @@ def test_the_report_of_part_language(tmp_path):
 
 
 def growth_result(arm, seed, losses, per_step, before=0.0, forgotten=0.0):
-    """A result with a loss on `rich` for every 100 steps, and training losses for every ten, which are those of
-    the step before but for one bad batch at step 10."""
+    """A result with a loss on `rich` for every 100 steps. The training losses in between are the same, but for
+    one bad batch at step 10."""
     curve = []
     for i, loss in enumerate(losses):
         spent = {"step": 100 * i, "flops": before + 100 * i * per_step}
