@@ -253,8 +253,8 @@ def test_the_report_of_part_language(tmp_path):
 
 
 def growth_result(arm, seed, losses, per_step, before=0.0, forgotten=0.0):
-    """A result with a loss on `rich` for every 100 steps. The training losses in between are the same, but for
-    one bad batch at step 10."""
+    """A result with a loss on `rich` for every 100 steps. The training losses in between are the same, but
+    for one bad batch at step 10."""
     curve = []
     for i, loss in enumerate(losses):
         spent = {"step": 100 * i, "flops": before + 100 * i * per_step}
