@@ -53,9 +53,8 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-    from triton.language import constexpr
 
-    INTERPRETED = constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: numpy in place of a GPU
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: numpy in place of a GPU
 except ImportError:  # there are two other backends
     triton = None
 
@@ -94,10 +93,10 @@ def attention(q, k, v, mask=None, backend="auto"):
 
 SMALL = {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)}  # fits any GPU and type; not fast
 LAUNCHES = {  # head size: queries and keys in a tile, warps (of 32 threads), stages (loads on their way)
-    # H100, H200, B200: 227 KiB of shared memory; the tensor cores take 64 rows from 4 warps
-    ("sm_90", "forward"): {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
-    ("sm_90", "dq"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)},
-    ("sm_90", "dkv"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3)},  # two sums
+    # H100, H200, B200: 227 KiB of shared memory; the fastest of 7 to 12 tried on an H200
+    ("sm_90", "forward"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    ("sm_90", "dq"): {32: (128, 32, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)},
+    ("sm_90", "dkv"): {32: (32, 128, 4, 3), 64: (64, 64, 4, 3), 128: (64, 128, 8, 3)},  # two sums
     # A100, and RTX 30 to 50, which have 99 KiB
     ("sm_80", "forward"): {32: (128, 64, 4, 3), 64: (128, 32, 4, 3), 128: (128, 32, 8, 3)},
     ("sm_80", "dq"): {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 2)},
@@ -131,20 +130,20 @@ def launch(part, kernel, q, k, v, mask, *given):
 if triton:
 
     @triton.jit
-    def place(TILE: constexpr):
+    def place(TILE: tl.constexpr):
         """-> this program's first row, head and batch element; in 64 bits, as offsets grow large."""
         first = tl.program_id(0) * TILE
         return first.to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
 
     @triton.jit
-    def load_tile(matrix, stride, first, N, ROWS: constexpr, D: constexpr, EVEN: constexpr):
+    def load_tile(matrix, stride, first, N, ROWS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
         """Rows of a matrix (N, D) from `first` on -> (ROWS, D), with zeros beyond the end."""
         rows = tl.arange(0, ROWS)[:, None]
         places = matrix + tl.cast(first, tl.int64) * stride + rows * stride + tl.arange(0, D)[None, :]
         return tl.load(places, mask=(first + rows < N) | EVEN, other=0.0)  # no mask at all if EVEN
 
     @triton.jit
-    def store_tile(matrix, stride, first, N, tile, EVEN: constexpr):
+    def store_tile(matrix, stride, first, N, tile, EVEN: tl.constexpr):
         """The inverse of `load_tile`, in the matrix's own type."""
         rows = first + tl.arange(0, tile.shape[0])[:, None]
         places = matrix + rows * stride + tl.arange(0, tile.shape[1])[None, :]
@@ -158,7 +157,7 @@ if triton:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def seen_keys(mask, cols, L, MASKED: constexpr, EVEN: constexpr):
+    def seen_keys(mask, cols, L, MASKED: tl.constexpr, EVEN: tl.constexpr):
         """Which keys of a batch element may be looked at."""
         seen = (cols < L) | EVEN
         return tl.load(mask + cols, mask=seen, other=0) != 0 if MASKED else seen
@@ -166,7 +165,8 @@ if triton:
     @triton.jit
     def forward_kernel(
         q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, out, log_sums, H, N, L,
-        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
+        MASKED: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+        TQ: tl.constexpr, TK: tl.constexpr,
     ):  # fmt: skip
         """A tile of queries -> their outputs, and log2 of the sums of their exponentials."""
         first, head, batch = place(TQ)
@@ -191,7 +191,8 @@ if triton:
     @triton.jit
     def dq_kernel(
         q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, out, do, log_sums, deltas, dq, H, N, L,
-        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
+        MASKED: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+        TQ: tl.constexpr, TK: tl.constexpr,
     ):  # fmt: skip
         """A tile of queries -> their gradient, by a walk over the keys; and delta, for the next kernel."""
         first, head, batch = place(TQ)
@@ -216,7 +217,8 @@ if triton:
     @triton.jit
     def dkv_kernel(
         q, qb, qh, qn, k, kb, kh, kn, v, vb, vh, vn, mask, do, log_sums, deltas, dk, dv, H, N, L,
-        MASKED: constexpr, EVEN: constexpr, D: constexpr, SCALE: constexpr, TQ: constexpr, TK: constexpr,
+        MASKED: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+        TQ: tl.constexpr, TK: tl.constexpr,
     ):  # fmt: skip
         """A tile of keys -> the gradients of keys and values, by a walk over the queries. p and ds are
         transposed, (keys, queries), so that they are the left factors of their products."""
@@ -229,9 +231,7 @@ if triton:
             log_sum = load_tile(log_sums + (batch * H + head) * N, 1, start, N, TQ, 1, EVEN)
             p = tl.exp2(product(keys, tl.trans(queries)) * SCALE - tl.trans(log_sum))
             slopes = load_tile(do + (batch * N * H + head) * D, H * D, start, N, TQ, D, EVEN)
-            summed_v += product(
-                p.to(slopes.dtype), slopes
-            )  # beyond the end of the queries all slopes are zero
+            summed_v += product(p.to(slopes.dtype), slopes)  # slopes beyond the end are zero
             delta = load_tile(deltas + (batch * H + head) * N, 1, start, N, TQ, 1, EVEN)
             ds = p * (product(values, tl.trans(slopes)) - tl.trans(delta))
             summed_k += product(ds.to(queries.dtype), queries)

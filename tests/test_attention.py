@@ -376,6 +376,16 @@ def test_no_launch_passes_a_float(launches, masked):
 
 
 @needs_triton
+def test_sources_need_no_names_but_those_of_inductor():
+    """Inductor copies kernels and what they call into a file that knows only `triton` and `tl`."""
+    for name, kernel in vars(attention_module).items():
+        if isinstance(kernel, triton.runtime.JITFunction):
+            names = {"triton": triton, "tl": triton.language}
+            exec(kernel.src, names)
+            assert name in names
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 80, 90, 100, 120])
 def test_kernel_compiles_with_the_types_of_inductor(launches, capability):
