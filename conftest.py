@@ -136,18 +136,26 @@ def brief(out, encoder, options=""):
     return line.split()
 
 
+def train_without_pictures(argv):
+    """`python train.py` with `argv` in this process, but without samples and loss.png, which take most of the
+    time -> the run's directory."""
+    import train
+    import validate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "draw_samples", lambda *_: None)
+        patch.setattr(Run, "plot", lambda *_: None)
+        return train.train(train.parse_arguments(argv))
+
+
 def run_training(out, encoder, options=""):
     """A brief training in this process -> the run's directory."""
-    import train
-
-    return train.train(train.parse_arguments(brief(out, encoder, options)))
+    return train_without_pictures(brief(out, encoder, options))
 
 
 def resume_training(out, options=""):
     """Continue a run in this process -> the run's directory."""
-    import train
-
-    return train.train(train.parse_arguments(f"--resume --out {out} {options}".split()))
+    return train_without_pictures(f"--resume --out {out} {options}".split())
 
 
 def train_in_child(argv):
@@ -159,11 +167,9 @@ def train_in_child(argv):
 
 def quiet_training(argv):
     """What such a process does: its progress bar is not shown."""
-    import train
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
-    train.train(train.parse_arguments(argv))
+    train_without_pictures(argv)
 
 
 def wait_for_lines(run, count, child):

@@ -142,7 +142,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def default_base() -> str:
     """What --grow grows if no base is named: runs/base, else the model that comes with the repository."""
     try:
-        return str(find_checkpoint("runs/base"))
+        find_checkpoint("runs/base")
+        return "runs/base"
     except FileNotFoundError:
         return str(PRETRAINED)
 

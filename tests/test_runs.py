@@ -38,6 +38,7 @@ from conftest import (
     same_tensors,
     tiny_encoder,
     train_in_child,
+    train_without_pictures,
     wait_for_lines,
     weights_of,
 )
@@ -441,16 +442,17 @@ def copy_of_whole(tmp_path, whole):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def test_what_a_run_leaves(whole):
-    found = sorted(path.name for path in whole.iterdir())
+def test_what_a_run_leaves(tmp_path, encoder_name):
+    run = train.train(train.parse_arguments(brief(tmp_path / "run", encoder_name)))
+    found = sorted(path.name for path in run.iterdir())
     assert found == ["args.json", "checkpoint", "lock", "loss.png", "metrics.jsonl", "samples"]
-    assert sorted(path.name for path in (whole / "samples").iterdir()) == [
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
         "step_000000.gif",
         "step_000010.gif",
         "step_000020.gif",
     ]
-    assert [line["step"] for line in numbers(whole)] == [0, 10, 10, 20, 20]
-    history = load_model(whole)[1]["history"]
+    assert [line["step"] for line in numbers(run)] == [0, 10, 10, 20, 20]
+    history = load_model(run)[1]["history"]
     assert history == [{"train": "basic", "steps": 20, "captions": "short", "tune": "all", "seed": 0}]
 
 
@@ -615,7 +617,7 @@ def test_resume_wants_the_same_clips(tmp_path, encoder_name):
     write_gifs(root, "a.gif", "b.gif")
     run = tmp_path / "run"
     argv = f"--quick --depth 1 --steps 2 --text {encoder_name} --data {root} --out {run}"
-    train.train(train.parse_arguments(argv.split()))
+    train_without_pictures(argv.split())
     write_gifs(root, "c.gif")
     with pytest.raises(ValueError, match=r"are not those that .* began with; use --from"):
         resume_training(run, "--steps 3")
@@ -623,7 +625,7 @@ def test_resume_wants_the_same_clips(tmp_path, encoder_name):
     assert numbers(resume_training(run, "--steps 3"))[-1]["step"] == 3
     shutil.rmtree(root)  # a header may name any folder: what is forgotten of this one is not watched
     other = f"--quick --from {run} --data basic --clips 16 --steps 2 --out {tmp_path / 'other'}"
-    train.train(train.parse_arguments(other.split()))
+    train_without_pictures(other.split())
     assert "old_val_loss" not in numbers(tmp_path / "other")[-1]
 
 

@@ -16,7 +16,6 @@ import torch
 
 import machine
 import train
-import validate
 from conftest import (
     SMALL,
     brief,
@@ -35,21 +34,12 @@ from dit import DiT, count_flops
 from flow import solve
 from grow import grow_state, merge_lora
 from machine import GraphedStep, RowStore
-from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_model
+from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
 from start import set_up
 from text_encoder import Prompts
 from train import Batch, learning_rate, parse_arguments, random_batch, training_step
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures():
-    """Nobody looks at the samples of these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "draw_samples", lambda *_: None)
-        patch.setattr(Run, "plot", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +370,8 @@ def test_a_resumed_run_is_as_long_as_is_said_last(tmp_path, encoder_name, half_s
     resume_training(run, more)
     assert load_checkpoint(run).trainer_state["step"] == total
     options = parse_arguments(["--resume", "--out", str(run)])
-    assert (options.steps is None) == ("minutes" in (more or begun))
+    in_minutes = "minutes" in (more or begun)
+    assert (options.steps is None, options.minutes is None) == (in_minutes, not in_minutes)
 
 
 def test_a_slower_machine_does_not_change_what_minutes_came_to(
@@ -478,10 +469,12 @@ def test_a_run_is_named_after_its_base(tmp_path, monkeypatch, line, out):
 def test_growth_needs_no_run(tmp_path, monkeypatch):
     """Without runs/base the model that comes along is grown."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir(parents=True)  # of a run that was killed at once
     args = parse_arguments(["--grow", "depth"])
     assert find_checkpoint(args.base) == PRETRAINED and args.out == "runs/pretrained-depth"
-    (tmp_path / "runs" / "base").mkdir(parents=True)
-    assert parse_arguments(["--grow", "depth"]).base == "runs/base"
+    save_checkpoint(tmp_path / "runs" / "base" / "checkpoint.old", load_checkpoint(PRETRAINED))
+    args = parse_arguments(["--grow", "depth"])
+    assert (args.base, args.out) == ("runs/base", "runs/base-depth")
 
 
 @pytest.fixture
