@@ -322,7 +322,7 @@ class Scan:
 
 def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) -> Scan:
     """Find the clips and captions of a folder, and decode what is not in the cache yet. One scan serves both
-    parts of `FolderDataset`. Raises OSError or ValueError, with one line, for what the user can mend."""
+    parts of `FolderDataset`. Raises OSError or ValueError, with a one-line message for user errors."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")

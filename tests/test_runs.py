@@ -500,7 +500,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(copy_of_whole, encoder_name):
 
 
 def test_a_kill_between_two_renames(copy_of_whole, encoder_name):
-    """The checkpoint before is found under its other name, and gone on from."""
+    """The checkpoint before is found under its other name, and training continues from it."""
     before = numbers(copy_of_whole)
     (copy_of_whole / "checkpoint").rename(copy_of_whole / "checkpoint.old")
     with pytest.raises(ValueError, match="--resume"):
