@@ -545,31 +545,45 @@ def test_a_run_that_is_asked_to_stop_saves(tmp_path, encoder_name, longer, numbe
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, encoder_name):
-    """A run is killed at random moments, at first before there is anything to resume. What comes out is what
+    """Runs are killed at random places, at first before there is anything to resume. What comes out is what
     would have come out, and no checkpoint is ever unreadable."""
-    long = "--clips 32 --steps 150 --every 7"
-    child = train_in_child(brief(tmp_path / "whole", encoder_name, long))
-    begun = time.monotonic()
-    child.join(300)
-    assert child.exitcode == 0
-    lasts = time.monotonic() - begun
-    rng, kills, runs, saved = np.random.default_rng(0), 0, [], 0
-    while kills < 20 or child.exitcode != 0:
-        if child.exitcode == 0:  # also at first: begin a run
-            runs.append(tmp_path / f"run-{len(runs)}")
+    options = "--clips 32 --steps 100 --every 7"
+    run_in_child(brief(tmp_path / "whole", encoder_name, options))
+    rng, kills, saved, runs = np.random.default_rng(0), 0, 0, [tmp_path / "run-0"]
+    while kills < 20:
         there = can_be_resumed(runs[-1])
         saved += there
-        argv = ["--resume", "--out", str(runs[-1])] if there else brief(runs[-1], encoder_name, long)
-        child = train_in_child(argv)
-        child.join(rng.uniform(0.05, lasts / 4) if kills < 20 else 300)
-        if child.is_alive():
-            child.kill()
-            child.join()
+        resume = ["--resume", "--out", str(runs[-1])]
+        child = train_in_child(resume if there else brief(runs[-1], encoder_name, options))
+        if kill_somewhere(child, runs[-1], rng):
             kills += 1
-        assert child.exitcode in (0, -9)
+        else:  # it came to its end before: begin another one
+            assert child.exitcode == 0
+            runs.append(tmp_path / f"run-{len(runs)}")
+    if can_be_resumed(runs[-1]):
+        run_in_child(["--resume", "--out", str(runs[-1])])
+    else:
+        run_in_child(brief(runs[-1], encoder_name, options))
     assert saved > 10
     for run in runs:
         assert same_run(run, tmp_path / "whole")
+
+
+def kill_somewhere(child, run, rng):
+    """Kill a training after up to 6 more lines of its metrics and up to half a second -> whether it still ran."""
+    lines = count_lines(run) + rng.integers(7)
+    while child.is_alive() and count_lines(run) < lines:
+        time.sleep(0.005)
+    child.join(rng.uniform(0, 0.5))
+    child.kill()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def count_lines(run):
+    """The lines of metrics.jsonl so far."""
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def can_be_resumed(run):
