@@ -570,7 +570,7 @@ def test_twenty_kills(tmp_path, encoder_name):
 
 
 def kill_somewhere(child, run, rng):
-    """Kill a training after up to 6 more lines of its metrics and up to half a second -> whether it still ran."""
+    """Kill a training after 0 to 6 more lines of metrics and some time -> whether it was still running."""
     lines = count_lines(run) + rng.integers(7)
     while child.is_alive() and count_lines(run) < lines:
         time.sleep(0.005)
