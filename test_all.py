@@ -471,6 +471,7 @@ def losses_from(tr, step, count):
     for i in range(step, step + count):
         tr.lr.fill_(2e-3)
         losses.append(train.training_step(tr, train.random_batch(tr, 0, i, 32)))
+        assert not losses[-1].requires_grad, "with its graph a loss would keep the memory of its step"
     return torch.stack(losses)
 
 
