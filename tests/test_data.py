@@ -1,7 +1,8 @@
 """The toy world: draw.py turns scenes into pixels, data.py makes scenes, captions and the data set.
 
 Shapes are compared with brute force and with known areas; pixels with what the caption says; captions with
-the scene they describe; everything with known digests, so that no change of the world goes unnoticed.
+the scene they describe; everything with known digests, so that no change of the world goes unnoticed. What
+moves, and what is held out from training, is in test_all.py.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from PIL import Image
 
 import data
 import draw
-from data import BACKGROUNDS, HELD_OUT_PAIRS, KINDS, MOTIONS, WORDS, ToyDataset
+from data import BACKGROUNDS, KINDS, MOTIONS, WORDS, ToyDataset
 from draw import Actor, Scene
 
 # --------------------------------------------------------------------------------------------------------
@@ -102,19 +103,6 @@ def center_of_mass(mass):
     axis = torch.arange(mass.shape[-1]) + 0.5
     total = mass.sum((1, 2))
     return mass.sum(1) @ axis / total, mass.sum(2) @ axis / total
-
-
-def test_pixels_move_as_the_caption_says():
-    steps = {}
-    for motion in MOTIONS:
-        x, y = center_of_mass(actor_mass(motion))
-        steps[motion] = x.diff(), y.diff()
-    assert (steps["left"][0] < -2).all() and (steps["right"][0] > 2).all()
-    assert (steps["up"][1] < -2).all() and (steps["down"][1] > 2).all()
-    assert steps["still"][0].abs().max() < 0.01 and steps["still"][1].abs().max() < 0.01
-    assert steps["bounce"][1].min() < -2 < 2 < steps["bounce"][1].max()
-    assert steps["spin"][0].abs().max() < 2
-    assert (steps["surf"][0] > 1).all() and steps["surf"][1].abs().max() > 1
 
 
 def test_pixels_change_as_the_caption_says():
@@ -236,41 +224,7 @@ def test_the_version_changes_with_pixels():
 
 
 # --------------------------------------------------------------------------------------------------------
-# Captions, and what is held out
-
-
-def test_held_out_pairs_stay_out_of_training():
-    scenes = data.make_scenes("basic", 3000) + data.make_scenes("rich", 1000)
-    pairs = {(actor.kind, actor.motion) for scene in scenes for actor in scene.actors}
-    assert not pairs & set(HELD_OUT_PAIRS)
-    assert len(pairs) == len(KINDS) * len(MOTIONS) - len(HELD_OUT_PAIRS)
-    assert ("cat", "surf") in HELD_OUT_PAIRS
-    held_out = [scene.actors[0] for scene in data.make_scenes("basic", 100, pairs="held_out")]
-    assert {(actor.kind, actor.motion) for actor in held_out} == set(HELD_OUT_PAIRS)
-    everything = [scene.actors[0] for scene in data.make_scenes("basic", 2000, pairs="all")]
-    share = sum((actor.kind, actor.motion) in HELD_OUT_PAIRS for actor in everything) / 2000
-    assert abs(share - 1 / len(MOTIONS)) < 0.03
-
-
-def words_in(text):
-    """The set of words of a text, in lower case."""
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def test_held_out_words_stay_out_of_training():
-    seen = set()
-    for scene in data.make_scenes("basic", 3000) + data.make_scenes("rich", 1000):
-        for style in ("short", "detailed"):
-            for vocabulary in ("train", "varied"):
-                seen |= words_in(data.caption(scene, style, vocabulary))
-    for concept in WORDS.values():
-        for trained, held_out, more in concept.values():
-            assert len({*trained, *held_out, *more}) == 7
-            assert len(trained) == len(held_out) == 2
-            for phrase in held_out:  # at least one word of the phrase is new
-                assert words_in(phrase) - seen, f"{phrase!r} is in training captions"
-            for phrase in (*trained, *more):
-                assert words_in(phrase) <= seen
+# Captions
 
 
 @pytest.mark.parametrize("vocabulary, column", [("train", 0), ("held_out", 1)])

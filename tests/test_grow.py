@@ -1,8 +1,7 @@
-"""Growth: exact in float64 and float32, for the optimizer state too; what is new learns; the command.
+"""Growth: where blocks go, random operators on random models, the metadata of a training state, the command.
 
-Three kinds of test. Equality: the grown model against the base, on random models without a zero weight, so
-that a branch that acts too early is seen. Learning: gradients and updates of the first steps after growth.
-The command: what it prints, what it writes, and what it refuses.
+That each operator changes nothing, that what is new learns, and that moments grow as gradients do, is in
+test_all.py. The command is tested by what it prints, what it writes, and what it refuses.
 """
 
 import copy
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import flow
 import grow
 from conftest import SMALL, random_inputs, random_model, randomize
-from dit import DiT
 from run import Checkpoint, history_tree, load_checkpoint, load_model, save_checkpoint
 
 BETAS = (0.9, 0.95)  # of train.py
@@ -39,12 +36,6 @@ def gradients(model, inputs, seed=0):
     weights = torch.randn(inputs[0].shape, generator=generator).to(inputs[0])
     (call(model, inputs) * weights).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def new_names(base, grown, plan=None):
-    """Names of the parameters of `grown` that `base` had not."""
-    sources = grow.source_names(base, grown, plan)
-    return [name for name, _ in grown.named_parameters() if name not in sources]
 
 
 def checkpoint_of(model, optimizer_state=None, **metadata):
@@ -164,7 +155,7 @@ def random_growth(rng, config):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_growth_changes_nothing(dtype, tolerance):
+def test_any_growths_of_any_model_change_nothing(dtype, tolerance):
     """Random operators on random models with random inputs, and growth of what has grown already."""
     rng = np.random.default_rng(0)
     used = set()
@@ -185,11 +176,6 @@ def test_growth_changes_nothing(dtype, tolerance):
             assert torch.equal(out, truth) if exact else (out - truth).abs().max() < tolerance, operator
         assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert used == grow.OPERATORS.keys() - {"merge"}
-
-
-def test_plain_stacking_is_another_function():
-    base, inputs = random_model(), random_inputs()
-    assert not torch.allclose(grow.grow_depth(base, 3, zero="none")(*inputs), base(*inputs), atol=0.1)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -263,45 +249,7 @@ def test_the_llm_branch_copies_the_text_branch():
 
 
 # --------------------------------------------------------------------------------------------------------
-# What is new learns
-
-
-@pytest.mark.parametrize(
-    "operator, options",
-    [
-        *(("depth", {"add": 3, "zero": zero}) for zero in ("gate", "proj", "none")),
-        ("depth", {"add": 2, "where": "prefix"}),
-        ("depth", {"add": 2, "where": "suffix", "zero": "proj"}),
-        ("llm", {"llm_dim": 7}),
-        ("lora", {"rank": 3}),
-    ],
-)
-def test_new_parameters_learn_by_the_second_step(operator, options):
-    grown = grow.grow_state(checkpoint_of(random_model()), operator, **options)
-    model, new = grown.model, grown.metadata["new"]
-    inputs = random_inputs()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    gradients(model, inputs)
-    optimizer.step()
-    found = gradients(model, inputs)
-    assert new and all(found[name].abs().max() > 0 for name in new)
-    if operator == "depth":  # neighbors with equal weights, two copies or a copy and its original, differ now
-        number = max(int(name.split(".")[1]) for name in new)
-        copied, neighbor = (f"blocks.{i}.mlp.up.weight" for i in (number, number - 1))
-        assert not torch.equal(found[copied], found[neighbor])
-
-
-def test_a_copy_with_two_zero_factors_is_dead():
-    base = random_model()
-    grown = grow.grow_depth(base, 3, zero="both")
-    new = new_names(base, grown, grow.stacking_plan(3, 3))
-    before = {name: grown.get_parameter(name).detach().clone() for name in new}
-    optimizer, inputs = torch.optim.Adam(grown.parameters(), 0.01), random_inputs()
-    for _ in range(10):
-        found = gradients(grown, inputs)
-        assert all((found[name] == 0).all() for name in new)
-        optimizer.step()
-    assert len(new) == 3 * 16 and all(torch.equal(grown.get_parameter(name), before[name]) for name in new)
+# Duplicates
 
 
 def distance_of_duplicates(base, grown):
@@ -337,37 +285,6 @@ def test_only_noise_makes_duplicates_differ(operator):
 # A whole training state
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [("depth", {"add": 3})],
-        [("depth", {"add": 3, "zero": "proj", "where": "prefix"})],
-        [("width", {"factor": 3, "noise": 0.0})],
-        [("mlp", {"noise": 0.0})],
-        [("llm", {"llm_dim": 7})],
-        [("resolution", {"frames": 8})],
-        [("depth", {"add": 2}), ("width", {"noise": 0.0}), ("depth", {"add": 5})],
-    ],
-)
-def test_moments_are_those_that_the_grown_model_would_have(steps):
-    """exp_avg is a mean of gradients, so it has to become what gradients become: compared with autograd."""
-    base, inputs = random_model(dtype=torch.float64), random_inputs(dtype=torch.float64)
-    moments = {}
-    for name, gradient in gradients(base, inputs).items():
-        moments[name] = {"step": torch.tensor(40.0), "exp_avg": gradient, "exp_avg_sq": gradient**2}
-    start = checkpoint_of(base, moments)
-    grown = grown_state_by(start, steps)
-    truth = gradients(grown.model, inputs)
-    assert grown.optimizer_state.keys() == truth.keys() - set(grown.metadata["new"])  # new: step 0
-    for name, state in grown.optimizer_state.items():
-        assert torch.allclose(state["exp_avg"], truth[name], rtol=1e-9, atol=1e-15), name
-        assert torch.allclose(state["exp_avg_sq"], truth[name] ** 2, rtol=1e-9, atol=1e-25), name
-        assert state["step"] == 40
-    assert grown.trainer_state == start.trainer_state
-    assert (call(grown.model, inputs) - call(start.model, inputs)).abs().max() < 1e-12
-    assert (call(grown.ema, inputs) - call(start.ema, inputs)).abs().max() < 1e-12
-
-
 def test_weights_and_ema_grow_with_the_same_random_numbers():
     model = random_model()
     start = Checkpoint(model, copy.deepcopy(model), {}, {}, {})
@@ -385,41 +302,6 @@ def moments_after_training(model, inputs, options, steps=40):
         gradients(model, inputs)
         optimizer.step()
     return {name: optimizer.state[p] for name, p in model.named_parameters()}
-
-
-def first_update(grown, inputs, options, step):
-    """One step of AdamW with the grown state -> {new parameter: largest update in learning rates}. New
-    parameters have no state if `step` is None, else zero moments under that step count."""
-    model = copy.deepcopy(grown.model)
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
-    for name, p in model.named_parameters():
-        if name in grown.optimizer_state:
-            optimizer.state[p] = copy.deepcopy(grown.optimizer_state[name])
-        elif step is not None:
-            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            optimizer.state[p] = {"step": torch.tensor(float(step)), **zeros}
-    before = copy.deepcopy(model)
-    gradients(model, inputs)
-    optimizer.step()
-    for name in grown.optimizer_state:
-        assert optimizer.state[model.get_parameter(name)]["step"] == 41
-    updates = {}
-    for name in grown.metadata["new"]:
-        update = model.get_parameter(name) - before.get_parameter(name)
-        updates[name] = update.abs().max().item() / options["lr"]
-    return updates
-
-
-@pytest.mark.parametrize("beta2, wrong", [(0.999, 3.16), (0.95, 0.447)])
-def test_first_updates_have_the_right_length(beta2, wrong):
-    """A new parameter takes a first step of one learning rate. With zero moments under an old step count it
-    would be (1 - beta1) / sqrt(1 - beta2)."""
-    base, inputs = random_model(), random_inputs()
-    options = {"lr": 1e-4, "betas": (0.9, beta2), "weight_decay": 0.0}
-    moments = moments_after_training(base, inputs, options)
-    grown = grow.grow_state(checkpoint_of(base, moments), "depth", add=3)
-    assert max(first_update(grown, inputs, options, None).values()) == pytest.approx(1, abs=0.01)
-    assert max(first_update(grown, inputs, options, 1e5).values()) == pytest.approx(wrong, rel=0.02)
 
 
 def test_frozen_parameters_have_no_optimizer_state():
@@ -519,68 +401,6 @@ def test_a_whole_state_refuses_unknown_growth_and_adapters_on_zeros():
         grown_state_by(start, [("depth", {"add": 3}), ("lora", {"rank": 2})])
     wide = grown_state_by(start, [("width", {}), ("lora", {"rank": 2})])  # nothing in it is zero
     assert wide.model.config.lora_rank == 2
-
-
-# --------------------------------------------------------------------------------------------------------
-# Growth in the middle of training
-
-
-def waves(count=16):
-    """-> clips (N, 3, 4, 16, 16) of moving waves, and a prompt of 4 random tokens for each."""
-    g = torch.Generator().manual_seed(0)
-    t, y, x = torch.meshgrid(torch.arange(4.0), torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    frequency = 0.6 * torch.rand(count, 3, 3, generator=g)[..., None, None, None]  # (N, 3, 3, 1, 1, 1)
-    clips = (frequency[:, :, 0] * t + frequency[:, :, 1] * y + frequency[:, :, 2] * x).sin()
-    return clips, torch.randn(count, 4, SMALL.text_dim, generator=g)
-
-
-def training_losses(model, optimizer_state, first, count):
-    """Train `model` in place on waves from step `first` on -> losses, and AdamW's state by name."""
-    clips, texts = waves()
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=BETAS, weight_decay=0.0)
-    for name, p in model.named_parameters():
-        if name in optimizer_state:
-            optimizer.state[p] = optimizer_state[name]
-    mask = torch.ones(16, 4, dtype=torch.bool)
-    losses = []
-    for step in range(first, first + count):
-        g = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(clips), (16,), generator=g)
-        t = flow.logit_normal(torch.randn(16, generator=g))
-        noise = torch.randn(clips[rows].shape, generator=g)
-        prompt = (texts[rows], mask)
-        if model.config.llm_dim:
-            prompt += (torch.ones(16, 4, model.config.llm_dim), mask)
-        optimizer.zero_grad()
-        loss = flow.flow_loss(model, clips[rows], t, noise, prompt).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses), {name: optimizer.state[p] for name, p in model.named_parameters()}
-
-
-@pytest.mark.slow
-def test_growth_in_the_middle_of_training_has_no_spike():
-    """The first three losses after growth against those of the model that did not grow, on the same
-    draws. Plain copies show that a spike would be seen. Width has a small one: moments ignore its noise."""
-    torch.manual_seed(1)
-    model = DiT(replace(SMALL, width=32))
-    _, moments = training_losses(model, {}, 0, 200)
-    start = checkpoint_of(model, moments)
-    continued, _ = training_losses(*copy.deepcopy((model, moments)), 200, 3)
-    for operator, options, bounds in (
-        ("depth", {"add": 3}, (0.9, 1.02)),
-        ("mlp", {}, (0.9, 1.02)),
-        ("llm", {"llm_dim": 5}, (0.9, 1.02)),
-        ("width", {}, (0.9, 1.08)),
-        ("depth", {"add": 3, "zero": "none"}, (1.15, 9)),
-    ):
-        grown = grow.grow_state(copy.deepcopy(start), operator, **options)
-        after, _ = training_losses(grown.model, grown.optimizer_state, 200, 3)
-        ratio = (after.mean() / continued.mean()).item()
-        assert bounds[0] < ratio < bounds[1], (operator, options, ratio)
-        if options.get("zero") != "none":
-            assert after[0].item() == pytest.approx(continued[0].item(), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------
