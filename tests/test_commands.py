@@ -192,7 +192,7 @@ def test_train_grow_sample_evaluate(tmp_path):
     (tmp_path / "prompts.txt").write_text("A dog!\na dog\n\nred ball\n")
     succeed("train.py --quick", tmp_path)
     assert "base: runs/base\n" in succeed("train.py --quick --grow depth", tmp_path)
-    succeed("train.py --quick --from runs/base --grow llm", tmp_path)
+    succeed("train.py --quick --clips 32 --from runs/base --grow llm", tmp_path)
     succeed('sample.py "a cat surfing" --from runs/base-llm --steps 3 --recaption', tmp_path)
     assert "pretrained\n" in succeed("sample.py --prompts prompts.txt --num 2 --steps 2", tmp_path)
     succeed("-m lab.evaluate runs/base --count 8 --steps 2", tmp_path)
