@@ -75,6 +75,22 @@ def grow_once(start: Checkpoint, operator: str, args) -> Checkpoint:
     return grow_state(start, operator)
 
 
+def find_data(name: str) -> str:
+    """--data -> a set of the toy world, or the path of a folder, which is never the name of a set: a folder
+    called "basic" is "./basic". Raises ValueError if there is neither."""
+    if not Path(name).is_dir():
+        if name in SETS:
+            return name
+        sets = ", ".join(SETS)
+        raise ValueError(f"--data {name!r} is neither a set of the toy world ({sets}) nor a folder")
+    folder = str(Path(name))  # without a slash at its end
+    if folder not in SETS:
+        return folder
+    if name in SETS and parallel.RANK == 0:
+        print(f"note: --data {name} is the folder ./{name} here, not the set of the toy world")
+    return f"./{folder}"
+
+
 class Data(NamedTuple):
     """What a run learns from and is validated on."""
 

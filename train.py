@@ -41,7 +41,7 @@ from flow import flow_loss, logit_normal
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint
-from start import Training, set_up
+from start import Training, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
 
@@ -207,13 +207,8 @@ def check_growth(args, defaults):
 
 def fill_defaults(args, defaults):
     """Fill in the options that depend on others, so that args.json tells all of them."""
-    args.data = args.data or ("rich" if args.base else "basic")
+    args.data = find_data(args.data) if args.data else ("rich" if args.base else "basic")
     toy = args.data in SETS
-    if not toy:
-        if not Path(args.data).is_dir():
-            names = ", ".join(SETS)
-            raise ValueError(f"--data {args.data!r} is neither a set of the toy world ({names}) nor a folder")
-        args.data = str(Path(args.data))  # without a slash at its end
     if toy and args.fps:
         raise ValueError("--fps is for a folder of clips; the toy world has its own")
     if not toy and args.words != defaults.words:
