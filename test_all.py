@@ -38,7 +38,7 @@ import start
 import train
 from align import align, swap
 from attention import attention
-from conftest import SMALL, random_inputs, random_model, same_run
+from conftest import SMALL, call, checkpoint_of, gradients, random_inputs, random_model, same_run
 from data import COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, WORDS
 from dit import DiT
 from draw import Actor, Scene
@@ -268,30 +268,6 @@ GROWTHS = [
     ("resolution", {"frames": 8, "size": 32}),
     ("lora", {"rank": 3}),
 ]
-
-
-def call(model, inputs, seed=0):
-    """The model on `inputs`, and on random features of an LLM if it reads them."""
-    x = inputs[0]
-    if not model.config.llm_dim:
-        return model(*inputs)
-    g = torch.Generator().manual_seed(seed)
-    llm = torch.randn(len(x), 5, model.config.llm_dim, generator=g, dtype=x.dtype)
-    return model(*inputs, llm, torch.ones(len(x), 5, dtype=torch.bool))
-
-
-def gradients(model, inputs, seed=0):
-    """-> {parameter: gradient of an arbitrary loss}, without frozen parameters."""
-    model.zero_grad()
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
-    (call(model, inputs) * weights.to(inputs[0])).mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def checkpoint_of(model, optimizer_state=None):
-    """A checkpoint of `model`, whose EMA has other weights."""
-    ema = random_model(model.config, 1, next(model.parameters()).dtype)
-    return Checkpoint(model, ema, optimizer_state or {}, {"history": [], "new": []}, {"step": 40})
 
 
 @pytest.mark.parametrize("operator, options", GROWTHS)

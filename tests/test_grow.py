@@ -13,37 +13,10 @@ import pytest
 import torch
 
 import grow
-from conftest import SMALL, random_inputs, random_model, randomize
+from conftest import SMALL, call, checkpoint_of, gradients, random_inputs, random_model, randomize
 from run import Checkpoint, history_tree, load_checkpoint, load_model, save_checkpoint
 
 BETAS = (0.9, 0.95)  # of train.py
-
-
-def call(model, inputs, seed=0):
-    """The model on `inputs`, and on random features of an LLM if it reads them."""
-    x = inputs[0]
-    if not model.config.llm_dim:
-        return model(*inputs)
-    generator = torch.Generator().manual_seed(seed)
-    llm = torch.randn(len(x), 5, model.config.llm_dim, generator=generator, dtype=x.dtype)
-    return model(*inputs, llm, torch.ones(len(x), 5, dtype=torch.bool))
-
-
-def gradients(model, inputs, seed=0):
-    """-> {parameter: gradient of an arbitrary loss}, without frozen parameters."""
-    model.zero_grad()
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(inputs[0].shape, generator=generator).to(inputs[0])
-    (call(model, inputs) * weights).mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def checkpoint_of(model, optimizer_state=None, **metadata):
-    """A checkpoint in memory whose EMA has drifted from its weights."""
-    ema = random_model(model.config, 1, next(model.parameters()).dtype)
-    metadata = {"text_encoder": "minilm", "history": [], "new": [], "flops": 0, "fps": 8, **metadata}
-    trainer_state = dict.fromkeys(("seconds", "flops_before", "lr_before", "lr", "base_lr"), 0.5)
-    return Checkpoint(model, ema, optimizer_state or {}, metadata, {"step": 40, **trainer_state})
 
 
 def grown_by(model, steps):

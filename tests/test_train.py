@@ -31,7 +31,6 @@ from conftest import (
     weights_of,
 )
 from dit import DiT, count_flops
-from flow import solve
 from grow import grow_state, merge_lora
 from machine import GraphedStep, RowStore
 from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
@@ -517,32 +516,6 @@ def test_options_of_another_version_are_resumed(options_of, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------
 # Learning
-
-
-def test_a_model_learns_four_clips_by_heart(encoder_name):
-    """The loss falls by far, and the prompts give the clips back."""
-    tr = set_up(parse_arguments(brief("unused", encoder_name, "--clips 4")))
-    (features,) = tr.prompts.features
-    generator = torch.Generator().manual_seed(0)
-    features.flat = torch.randn(features.flat.shape, generator=generator)  # tell the words apart
-    fixed = [random_batch(tr, 1, step, 4) for step in range(20)]
-    before = mean_loss(tr, fixed)
-    for step in range(300):
-        tr.lr.fill_(learning_rate(3e-3, step, 300, warmup=20))
-        training_step(tr, random_batch(tr, 0, step, 4))
-    assert mean_loss(tr, fixed) < 0.2 * before
-    x = tr.data.clips.batch(range(4))
-    prompt = tr.prompts.batch(tr.data.clips.captions)
-    out = solve(tr.model, torch.randn(x.shape, generator=generator), prompt, prompt[:2], 6, guidance=1.0)
-    distance = (out[:, None] - x[None]).square().mean((2, 3, 4, 5))
-    assert distance.argmin(1).tolist() == [0, 1, 2, 3]
-
-
-@torch.no_grad()
-def mean_loss(tr, batches):
-    """The loss on fixed batches."""
-    losses = [loss_by_hand(tr.model, b, tr.prompts.gather(b.text_rows, b.llm_rows)) for b in batches]
-    return sum(losses) / len(losses)
 
 
 # --------------------------------------------------------------------------------------------------------
