@@ -7,9 +7,10 @@
         walks/bird/0001.png     a folder of pictures is a clip too
 
 **Captions** come from metadata.jsonl or metadata.csv ("file_name", and "text" or "caption"), else from a text
-file beside the clip, else from the name of its folder. "text" is the detailed caption; "text_short" serves
-`--captions short`. Metadata can only refer to files that a walk through the folder has found: absolute paths,
-`..` and symbolic links lead nowhere.
+file beside the clip, else from the name of its folder. Text must be UTF-8: a clip with other text is bad.
+"text" is the detailed caption; "text_short" serves `--captions short`. Metadata
+can only refer to files that a walk through the folder has found: absolute paths, `..` and symbolic links lead
+nowhere.
 
 **Cache.** Every file is decoded once (decode.py). Its clips are appended to clips.bin, and then a line about
 it to manifest.jsonl, `COMMIT` files at a time. After a kill, bytes that no line describes are cut off, and
@@ -31,6 +32,7 @@ import hashlib
 import json
 import os
 import statistics
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 from decode import MAX_CLIPS, PICTURES, VIDEOS, DecodingPool
-from machine import cache_dir
+from machine import cache_dir, decode_text
 from video import FPS, save_grid
 
 CLIPS_VERSION = 1  # of decoded pixels: add one when decode.py makes other pixels of the same file
@@ -81,7 +83,7 @@ def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
 
 def in_validation(name: str) -> bool:
     """Whether a file belongs to the tenth that is held out."""
-    return hashlib.sha256(os.fsencode(name)).digest()[0] < 26
+    return hashlib.sha256(os.fsencode(one_form(name))).digest()[0] < 26
 
 
 def choose_evenly(items: list, count: int) -> list:
@@ -101,14 +103,19 @@ def printable(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """One line of at most MAX_CAPTION characters that can be written to a file and read by a tokenizer."""
+    """One line that can be written to a file and read by a tokenizer."""
     text = text.encode("utf-8", "replace").decode()
-    return " ".join(text.split())[:MAX_CAPTION]
+    return " ".join(text.split())
+
+
+def one_form(name: str) -> str:
+    """A name in Unicode's composed form (NFC): systems write the same letters in different ways."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_lines(path: Path, problems: list):
     """(number, text) of each line of a text file. A line that is too long, or not UTF-8, becomes an empty
-    one and a problem."""
+    one and a problem. A file in UTF-16 is one problem and has no lines."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE):
@@ -119,12 +126,13 @@ def read_lines(path: Path, problems: list):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
                 line = b"\n"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
             try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                problems.append((where, "it is not UTF-8"))
+                text = decode_text(line)
+            except ValueError as error:
+                if "UTF-16" in str(error) and number == 1:
+                    problems.append((path.name, str(error)))
+                    return
+                problems.append((where, str(error)))
                 text = "\n"
             yield number, text
 
@@ -142,48 +150,68 @@ def read_jsonl(path: Path, problems: list):
         yield number, row
 
 
-def read_csv(path: Path, problems: list):
-    """(number of the line, {column: value}) of each row of metadata.csv."""
-    rows = csv.DictReader(text for _, text in read_lines(path, problems))
-    while True:
+def read_csv(path: Path, problems: list, names: set[str]):
+    """(number of the line, {column: value}) of each row of metadata.csv. `names` of clips tell where a row
+    begins: a quote that is not closed makes one row bad, and those below it are read."""
+    numbered = list(read_lines(path, problems))
+    columns, start = None, 0
+    while start < len(numbered):
+        number = numbered[start][0]
+        rows = csv.reader((numbered[i][1] for i in range(start, len(numbered))), strict=True)
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            values = next(rows)
+            for _, line in numbered[start + 1 : start + rows.line_num]:
+                if not names.isdisjoint(part.strip('"') for part in line.strip().split(",")):
+                    raise csv.Error("a quote is not closed")
+            if columns and len(values) > len(columns):
+                raise csv.Error("it has more values than columns: a text with commas needs quotes")
         except csv.Error as error:
-            problems.append((f"{path.name}, line {rows.reader.line_num}", str(error)))
+            problems.append((f"{path.name}, line {number}", str(error)))
+            start += 1
             continue
-        yield rows.line_num, row
+        start += rows.line_num
+        if columns is None:
+            columns = values
+        elif values:
+            yield number, dict(zip(columns, values, strict=False))
 
 
-def read_row(row: dict, known: set[str], captions: dict) -> tuple[str, str, str]:
+def read_row(row: dict, known: dict[str, str], captions: dict) -> tuple[str, str, str]:
     """A row of metadata -> (file, caption, short caption). Raises ValueError for a bad row."""
     name = row.get("file_name")
     text = row.get("text") or row.get("caption")
     short = row.get("text_short") or text
     if not (isinstance(name, str) and isinstance(text, str) and isinstance(short, str)):
         raise ValueError('it has no "file_name", or no "text" or "caption", that is a text')
-    name = Path(name).as_posix()
-    if name not in known:
+    path = Path(name).as_posix()
+    if path not in known and one_form(path) not in known:
         raise ValueError(f"no clip in this folder is called {name[:80]!r}")
-    if name in captions:
-        raise ValueError(f"{name[:80]!r} has a caption already")
-    if not clean(text):
+    name = known.get(path) or known[one_form(path)]
+    text, short = clean(text), clean(short) or clean(text)
+    if not text:
         raise ValueError("the caption is empty")
-    return name, clean(text), clean(short) or clean(text)
+    if name in captions and captions[name] != (text, short):
+        before, short_before = captions[name]
+        if before != text or (short != text and short_before != text):
+            raise ValueError(f"{name[:80]!r} has a caption already")
+        short = short_before if short == text else short  # one of the two rows has a short caption
+    return name, text, short
 
 
 def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
     """{file: (caption, short caption)} for those of `found` that metadata names; and problems."""
-    captions, problems, known = {}, [], set(found)
-    for file_name, read_rows in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
+    captions, problems = {}, []
+    known = {one_form(name): name for name in found} | {name: name for name in found}
+    for file_name in ("metadata.jsonl", "metadata.csv"):
         path = root / file_name
         if path.is_symlink():
             problems.append((file_name, "it is a link"))
             continue
         if not path.is_file():
             continue
-        for number, row in read_rows(path, problems):
+        is_csv = file_name.endswith(".csv")
+        rows = read_csv(path, problems, set(known)) if is_csv else read_jsonl(path, problems)
+        for number, row in rows:
             try:
                 name, text, short = read_row(row, known, captions)
             except ValueError as error:
@@ -193,18 +221,70 @@ def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, st
     return captions, problems
 
 
-def caption_of(root: Path, name: str) -> str:
-    """The caption of a clip that metadata does not name: the text beside it, else the name of its folder."""
-    clip = root / name
+def text_beside(clip: Path) -> Path:
+    """Where the caption of a clip lies if it has a file of its own: with its name and the ending .txt."""
     stem = clip.name if clip.is_dir() else clip.stem
     beside = clip.with_name(f"{stem}.txt")
-    if beside.is_file() and not beside.is_symlink():
-        with beside.open("rb") as file:
-            text = clean(file.read(MAX_LINE).decode("utf-8", "replace"))
-        if text:
-            return text
-    folder = clip.resolve().parent.name
-    return clean(folder.replace("_", " ").replace("-", " ")) or "a video"
+    if beside.is_file() or stem.isascii():
+        return beside
+    for other in clip.parent.glob("*.txt"):
+        if one_form(other.name) == one_form(beside.name):
+            return other
+    return beside
+
+
+def read_text_beside(clip: Path) -> str:
+    """The text beside a clip; "" if there is none. Raises ValueError for a file that cannot be read."""
+    beside = text_beside(clip)
+    if not beside.is_file() or beside.is_symlink():
+        return ""
+    with beside.open("rb") as file:
+        content = file.read(MAX_LINE + 1)
+    try:
+        if len(content) > MAX_LINE:
+            raise ValueError(f"it is longer than {MAX_LINE} bytes")
+        return clean(decode_text(content))
+    except ValueError as error:
+        raise ValueError(f"its caption, {beside.name}: {error}") from None
+
+
+def name_of_folder(clip: Path) -> str:
+    """The caption of a clip that has no other."""
+    return clean(clip.resolve().parent.name.replace("_", " ").replace("-", " ")) or "a video"
+
+
+def read_captions(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, str]], list, list[str]]:
+    """{file: (caption, short caption)} of those of `found` whose captions can be read; problems; and notes
+    about captions that are missing or too long."""
+    captions, problems = read_metadata(root, found)
+    missing, too_long = [], []
+    for name in found:
+        if name not in captions:
+            try:
+                text = read_text_beside(root / name)
+            except ValueError as error:
+                problems.append((name, str(error)))
+                continue
+            if not text:
+                text = name_of_folder(root / name)
+                missing.append(name)
+            captions[name] = text, text
+        if max(map(len, captions[name])) > MAX_CAPTION:
+            too_long.append(name)
+        text, short = captions[name]
+        captions[name] = text[:MAX_CAPTION], short[:MAX_CAPTION]
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} clips have the name of their folder as caption: {name_some(missing)}")
+    if too_long:
+        notes.append(f"{len(too_long)} captions are cut at {MAX_CAPTION} characters: {name_some(too_long)}")
+    return captions, problems, notes
+
+
+def name_some(names: list[str]) -> str:
+    """The first name of a list, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{printable(names[0])}{more}"
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -311,13 +391,15 @@ class Cache:
 @dataclass
 class Scan:
     """What is known of a folder. The order of `entries`, {file: its line of the manifest}, is that of the
-    files; `captions` is {file: (caption, short caption)}, and `problems` [(what was skipped, why)]."""
+    files; `captions` is {file: (caption, short caption)}, `problems` [(what was skipped, why)], and `notes`
+    lines about what a user may not have meant."""
 
     root: Path
     cache: Cache
     entries: dict[str, dict]
     captions: dict[str, tuple[str, str]]
     problems: list[tuple[str, str]]
+    notes: list[str]
 
 
 def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) -> Scan:
@@ -329,17 +411,14 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
     if min(frames, size) < 1 or not 0.01 <= fps <= 1000:
         raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
     found, problems = find_clips(root)
-    named, bad_rows = read_metadata(root, found)
+    captions, bad_captions, notes = read_captions(root, found)
+    readable = [name for name in found if name in captions]
     cache = Cache(root, frames, size, fps)
-    failed = cache.fill(found)
-    entries, captions = {}, {}
-    for name in found:
-        if name not in failed:
-            entries[name] = cache.entries[name]
-            captions[name] = named.get(name) or (caption_of(root, name),) * 2
-    problems = [*problems, *bad_rows, *failed.items()]
+    failed = cache.fill(readable)
+    entries = {name: cache.entries[name] for name in readable if name not in failed}
+    problems = [*problems, *bad_captions, *failed.items()]
     problems = [(printable(what), printable(why)) for what, why in problems]
-    return Scan(root, cache, entries, captions, problems)
+    return Scan(root, cache, entries, captions, problems, notes)
 
 
 def check_share(scanned: Scan, max_bad: float):
@@ -372,7 +451,7 @@ class FolderDataset:
             chosen = list(entries)
         clips = [(name, i) for name in chosen for i in range(entries[name]["clips"])]
         clips = choose_evenly(clips, count or len(clips))
-        self.problems = scanned.problems
+        self.problems, self.notes = scanned.problems, scanned.notes
         self.videos = scanned.cache.pixels()
         self.rows = torch.tensor([entries[name]["first"] + i for name, i in clips])
         self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
@@ -399,6 +478,8 @@ def check(root: Path | str, out: Path, frames: int, size: int, fps: float):
     print(f"{len(scanned.entries)} files, {count} clips of {frames} frames")
     if scanned.entries:
         print_summary(scanned)
+    for note in scanned.notes:
+        print(f"note: {note}")
     for what, why in scanned.problems:
         print(f"skipped: {what}: {why}")
     if not scanned.entries:
@@ -421,7 +502,7 @@ def print_summary(scanned: Scan):
     print(f"{sum(seconds):.1f} s are used, {seconds[0]:.2f} to {seconds[-1]:.2f} s of a file")
     sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in entries)
     print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
-    texts = [text for text, _ in scanned.captions.values()]
+    texts = [scanned.captions[name][0] for name in scanned.entries]
     words = statistics.median(len(text.split()) for text in texts)
     print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
     held_out = sum(in_validation(name) for name in scanned.entries)
@@ -430,7 +511,6 @@ def print_summary(scanned: Scan):
     notes = {}
     for name, entry in scanned.entries.items():
         for note in entry["notes"]:
-            notes.setdefault(note, []).append(printable(name))
+            notes.setdefault(note, []).append(name)
     for note, names in notes.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"note: {note}: {names[0]}{more}")
+        print(f"note: {note}: {name_some(names)}")

@@ -378,6 +378,7 @@ class ToyDataset:
     captions  list of N texts
     names     list of N names of clips, for messages
     problems  what could not be read, and why: nothing
+    notes     what a user may not have meant: nothing
     """
 
     def __init__(
@@ -389,7 +390,7 @@ class ToyDataset:
         self.rows = torch.arange(count, device=device)
         self.captions = captions_of(self.scenes, caption_style, vocabulary, drop_attribute)
         self.names = [f"{which} {scene.seed}" for scene in self.scenes]
-        self.problems = []
+        self.problems, self.notes = [], []
 
     def __len__(self):
         return len(self.captions)

@@ -21,6 +21,7 @@ prints them as one line and ends with status 2. Everything else is a bug and kee
 Left out: logging levels, configuration files, environment switches other than MODELGROW_CACHE.
 """
 
+import codecs
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,19 @@ def cache_dir() -> Path:
     path = Path(os.environ.get("MODELGROW_CACHE") or Path.home() / ".cache" / "modelgrow")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def decode_text(content: bytes) -> str:
+    """The bytes of a text file -> its text, without a byte order mark. Raises ValueError, with the encoding
+    if that can be told, for anything but UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16, not UTF-8")
+    if b"\0" in content:
+        raise ValueError("it has zero bytes, so it is not UTF-8 text")
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
 
 
 def out_of_memory(error: BaseException) -> bool:

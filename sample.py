@@ -26,7 +26,7 @@ from tqdm import tqdm
 from attention import BACKENDS
 from dit import check_shape, set_attention
 from flow import GUIDANCE, GUIDANCE_INTERVAL, STEPS, solve
-from machine import autocast, pick_device, pick_precision, run_command
+from machine import autocast, decode_text, pick_device, pick_precision, run_command
 from recaption import recaption
 from run import load_model, newest_checkpoint
 from text_encoder import NULL_PROMPT, cached_features, encoders_of, make_encoder
@@ -72,13 +72,20 @@ def parse_arguments(argv=None):
 
 def read_prompts(args) -> list[str]:
     """The prompts of the command line or of its file, without empty lines. Raises ValueError if there is
-    none."""
+    none, or if they are not UTF-8."""
     lines = [args.prompt]
     if args.prompts is not None:
-        lines = Path(args.prompts).read_text("utf-8").splitlines()
+        try:
+            lines = decode_text(Path(args.prompts).read_bytes()).splitlines()
+        except ValueError as error:
+            raise ValueError(f"{args.prompts} cannot be read: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("the prompt is empty" if args.prompts is None else f"{args.prompts} has no prompt")
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:  # from bytes of the command line
+        raise ValueError("the prompt is not UTF-8") from None
     return prompts
 
 

@@ -189,6 +189,8 @@ def set_up(args, prompts_class=Prompts) -> Training:
     config = start.model.config if start else new_config(args)
     with parallel.first_process_first():
         data = open_data(args, config, metadata["fps"], history, device)
+    for note in data.clips.notes:
+        print(f"note: {note}")
     for what, why in data.clips.problems:
         print(f"skipped: {what}: {why}")
     with parallel.first_process_first():
