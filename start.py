@@ -233,12 +233,15 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         for block in model.blocks:
             block.compile()
     state = first_state(args, start, data.fingerprint(), base_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    if scaler.is_enabled() and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     return Training(
         model=model,
         ema=ema,
         network=network,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        scaler=scaler,
         lr=lr,
         data=data,
         clips=RowStore(data.clips.videos, data.clips.rows, device),

@@ -82,6 +82,7 @@ def save(args, tr: Training, run: Run):
     }
     if run.total < math.inf:
         state |= {"total": run.total, "minutes": args.minutes}
+    state["scaler"] = tr.scaler.state_dict()  # empty but in float16
     optimizer_state = {}
     for name, parameter in tr.model.named_parameters():
         if parameter in tr.optimizer.state:

@@ -147,6 +147,17 @@ def test_half_precision_on_the_cpu(encoder_name):
     assert tr.scaler.get_scale() > 1
 
 
+def test_a_resumed_run_in_half_precision_keeps_its_scale(tmp_path, encoder_name):
+    run = run_training(tmp_path / "run", encoder_name, "--precision fp16 --steps 2")
+    file = run / "checkpoint" / "train_state.json"
+    state = json.loads(file.read_text())
+    assert state["scaler"]["scale"] > 128
+    state["scaler"]["scale"] = 128.0
+    file.write_text(json.dumps(state))
+    tr = set_up(parse_arguments(["--resume", "--out", str(run), "--steps", "4"]))
+    assert tr.scaler.get_scale() == 128
+
+
 def test_ema_of_the_first_steps_and_of_later_ones():
     """The decay is 1/10, 2/11, 3/12, ... (TensorFlow's rule), and at most the one that is given."""
     for step, decay in ((0, 1 / 10), (1, 2 / 11), (9, 10 / 19), (80, 0.9), (10**6, 0.9)):
