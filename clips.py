@@ -21,6 +21,8 @@ shape, frame rate and `CLIPS_VERSION` has its own cache. Its bytes are mapped in
 of all (`--max-bad`), nothing is trained. The next start tries bad files again, since the machine may be the
 reason.
 
+**Passed over**, with a note: hidden folders, links to folders, runs, samples and previews of this project.
+
 **Validation** is on a tenth of the files, chosen by a hash of their names. Clips of one film never fall on
 both sides, and a file stays on its side when others are added. If one side is empty, both are the whole.
 
@@ -42,10 +44,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from decode import MAX_CLIPS, PICTURES, VIDEOS, DecodingPool
+from decode import MAX_CLIPS, OTHER_VIDEOS, PICTURES, VIDEOS, DecodingPool
 from machine import cache_dir, decode_text
-from video import FPS, save_grid
+from video import FPS, is_marked, save_grid
 
+RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
 CLIPS_VERSION = 1  # of decoded pixels: add one when decode.py makes other pixels of the same file
 MAX_BAD = 0.1  # share of files and lines that may be bad
 MAX_LINE = 1 << 20  # bytes of a line of metadata
@@ -58,27 +61,71 @@ COMMIT = 64  # files between writes that survive a power cut
 # Files
 
 
-def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The videos and folders of pictures below `root`, as paths relative to it, in order; and problems,
-    (what, why). Hidden files and links to folders are passed over."""
-    found, problems, errors = [], [], []
-    for folder, subfolders, files in os.walk(root, onerror=errors.append):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = sorted(name for name in files if not name.startswith("."))
-        clips = [Path(folder, name) for name in files if name.lower().endswith(VIDEOS)]
-        pictures = [name for name in files if name.lower().endswith(PICTURES)]
-        if pictures and not clips and not subfolders and Path(folder) != root:
-            clips = [Path(folder)]
-        for clip in clips:
-            name = clip.relative_to(root).as_posix()
-            if not (clip.is_file() or clip.is_dir()):  # a link to nothing or to itself, a pipe, ...
-                problems.append((name, "it is not a file"))
-            elif root.resolve() not in clip.resolve().parents:
-                problems.append((name, "it is a link out of the folder"))
+def why_not_below(folder: Path) -> str:
+    """Why a folder is passed over; "" if it is not."""
+    if folder.name.startswith("."):
+        return "hidden folders"
+    if folder.is_symlink():
+        return "links to folders"
+    if any((folder / name).is_file() for name in RUN_FILES):
+        return "runs of this project"
+    return ""
+
+
+def why_not_read(file: Path) -> str:
+    """Why a video or picture is passed over; "" if it is not."""
+    if file.name.lower().endswith(OTHER_VIDEOS):
+        return "videos in formats that are not read"
+    if file.is_file() and is_marked(file):
+        return "files that this project has made"
+    return ""
+
+
+def walk(root: Path) -> tuple[list[Path], list[OSError], dict[str, list[Path]]]:
+    """The videos and folders of pictures below `root` in order; errors; and what is passed over, by reason.
+    Hidden files are not mentioned."""
+    clips, errors, passed_over = [], [], {}
+    for folder, subfolders, names in os.walk(root, onerror=errors.append):
+        read = {VIDEOS: [], PICTURES: []}
+        for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if not file.name.lower().endswith((*VIDEOS, *PICTURES, *OTHER_VIDEOS)):
+                continue
+            if why := why_not_read(file):
+                passed_over.setdefault(why, []).append(file)
             else:
-                found.append(name)
+                read[VIDEOS if file.name.lower().endswith(VIDEOS) else PICTURES].append(file)
+        clips += read[VIDEOS]
+        is_leaf = all(name.startswith(".") for name in subfolders)
+        if read[PICTURES] and not read[VIDEOS] and is_leaf and Path(folder) != root:
+            clips.append(Path(folder))
+        below = []
+        for name in sorted(subfolders):
+            if why := why_not_below(Path(folder, name)):
+                passed_over.setdefault(why, []).append(Path(folder, name))
+            else:
+                below.append(name)
+        subfolders[:] = below
+    return clips, errors, passed_over
+
+
+def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+    """The videos and folders of pictures below `root`, as paths relative to it, in order; problems, (what,
+    why); and notes about what is passed over."""
+    clips, errors, passed_over = walk(root)
+    found, problems, notes = [], [], []
+    for clip in clips:
+        name = clip.relative_to(root).as_posix()
+        if not (clip.is_file() or clip.is_dir()):  # a link to nothing or to itself, a pipe, ...
+            problems.append((name, "it is not a file"))
+        elif root.resolve() not in clip.resolve().parents:
+            problems.append((name, "it is a link out of the folder"))
+        else:
+            found.append(name)
     problems += [(error.filename, error.strerror) for error in errors]
-    return found, problems
+    for why, paths in passed_over.items():
+        names = [path.relative_to(root).as_posix() for path in paths]
+        notes.append(f"{len(names)} {why} are passed over: {name_some(names)}")
+    return found, problems, notes
 
 
 def in_validation(name: str) -> bool:
@@ -410,7 +457,7 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
         raise FileNotFoundError(f"there is no folder {root}")
     if min(frames, size) < 1 or not 0.01 <= fps <= 1000:
         raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
-    found, problems = find_clips(root)
+    found, problems, passed_over = find_clips(root)
     captions, bad_captions, notes = read_captions(root, found)
     readable = [name for name in found if name in captions]
     cache = Cache(root, frames, size, fps)
@@ -418,7 +465,7 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
     entries = {name: cache.entries[name] for name in readable if name not in failed}
     problems = [*problems, *bad_captions, *failed.items()]
     problems = [(printable(what), printable(why)) for what, why in problems]
-    return Scan(root, cache, entries, captions, problems, notes)
+    return Scan(root, cache, entries, captions, problems, [*passed_over, *notes])
 
 
 def check_share(scanned: Scan, max_bad: float):

@@ -33,6 +33,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+OTHER_VIDEOS = (  # not read; clips.py says so
+    ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".mpg", ".mpeg", ".vob", ".flv", ".f4v", ".3gp", ".ogv", ".ogg",
+    ".rm", ".y4m",
+)  # fmt: skip
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CONTAINERS = "mov,matroska,avi,gif"  # FFmpeg's names of the formats that files of VIDEOS may have
 MAX_CLIPS = 16  # of one file; the rest of a film is not used

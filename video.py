@@ -2,7 +2,8 @@
 
 A model's clip is a tensor (3, T, H, W) in [-1, 1]; image libraries want bytes (T, H, W, 3). Small clips are
 enlarged by a whole factor, so that pixels stay pixels. Every file is written under another name and then
-renamed, so that it is whole or absent.
+renamed, so that it is whole or absent. It has MARK in a comment, by which clips.py knows it: a model must not
+learn from its own samples by accident.
 
 The files that training reads are the business of clips.py. Left out: sound, captions inside the video.
 """
@@ -12,10 +13,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 FPS = 8  # frames per second unless a data set says otherwise: a clip of 8 frames lasts a second
 GAP = 6  # pixels between the clips of a grid
+MARK = "made by ModelGrow"  # a comment in every file
+MARK_WITHIN = 4096  # bytes of the beginning or the end of a file, where the comment stands
 
 
 def to_uint8(clips):
@@ -33,12 +36,25 @@ def frame_times(count: int, fps: float) -> list[int]:
     return [max(20, 10 * int(time)) for time in times]
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file was written by this module."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MARK_WITHIN)
+            size = file.seek(0, 2)
+            file.seek(max(0, size - MARK_WITHIN))
+            return MARK.encode() in content + file.read(MARK_WITHIN)
+    except OSError:
+        return False
+
+
 def write_gif(path: Path, frames, fps: float = FPS):
     """Frames, a list of pictures or uint8 (T, H, W, 3) -> an endless GIF."""
     pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
     times = frame_times(len(pictures), fps)
     new = path.with_name(f".{path.name}.new")
-    pictures[0].save(new, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    options = {"duration": times, "loop": 0, "comment": MARK}
+    pictures[0].save(new, "GIF", save_all=True, append_images=pictures[1:], **options)
     new.replace(path)
 
 
@@ -57,7 +73,9 @@ def write_video(path: Path, frames, fps: float = FPS):
         return [gif]
     new = path.with_name(f".{path.name}.mp4")
     loop = np.tile(frames, (4, 1, 1, 1))  # four times, since many players stop at the end of a file
-    iio.imwrite(new, loop, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p")
+    with iio.imopen(new, "w", plugin="pyav") as file:
+        file.container_metadata["comment"] = MARK
+        file.write(loop, codec="libx264", fps=fps, out_pixel_format="yuv420p")
     new.replace(mp4)
     return [mp4, gif]
 
@@ -73,7 +91,9 @@ def save_grid(path: Path | str, videos, labels: list[str], columns: int = 8, til
         pages = [grid_page(videos[:, t], lines, columns, tile) for t in range(videos.shape[1])]
         write_gif(path, pages, fps)
     else:
-        grid_page(videos[:, videos.shape[1] // 2], lines, columns, tile).save(path)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Comment", MARK)
+        grid_page(videos[:, videos.shape[1] // 2], lines, columns, tile).save(path, pnginfo=info)
 
 
 def grid_page(frames, lines: list[list[str]], columns: int, tile: int) -> Image.Image:

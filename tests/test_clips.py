@@ -654,7 +654,7 @@ def decoded(direct, monkeypatch):
 def is_whole(root):
     """Whether the data set holds just what its files show."""
     dataset = FolderDataset(scan(root), max_bad=0.5)
-    names, _ = clips.find_clips(root)
+    names, _, _ = clips.find_clips(root)
     truth = np.concatenate([decode.decode(root / name, 8, 32, 8)[0] for name in names])
     return np.array_equal(dataset.videos[dataset.rows].numpy(), truth)
 
