@@ -71,10 +71,9 @@ ZEROS = ("gate", "proj", "both", "none")  # which factor of a copied block is ze
 
 def stacking_plan(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
     """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?). `depth` is
-    N, `add` is P, `group` is M. There are N // M groups; the first groups take the blocks that are left over,
-    one each. Without M there are as many groups as blocks or copies, whichever are fewer; the first groups
-    take the copies that are left over. Where P divides N, this is the rule of LLaMA-Pro (arXiv 2401.02415).
-    Raises ValueError where groups of M cannot share P copies evenly."""
+    N, `add` is P, `group` is M. There are N // M groups; the first take the blocks left over, one each.
+    Without M there are min(N, P) groups; the first take the copies left over. Where P divides N, this is the
+    rule of LLaMA-Pro (arXiv 2401.02415). Raises ValueError where groups of M cannot share P copies."""
     if where not in WHERE:
         raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
     if not 1 <= add <= 1024:
@@ -193,8 +192,7 @@ EXACT = ("depth", "llm", "resolution", "lora")  # operators that keep every bit,
 
 @torch.no_grad()
 def build_grown(base: DiT, weights: dict[str, torch.Tensor], seed=0, **changes) -> DiT:
-    """A model with the config of `base` after `changes`, and with `weights`. Parameters that `weights` does
-    not name are initialized with `seed`."""
+    """The config of `base` after `changes`, with `weights`; all other parameters are drawn from `seed`."""
     config = replace(base.config, **changes)
     if base.config.lora_rank and config.lora_rank and not changes.keys() <= {"frames", "size"}:
         raise ValueError("this model has LoRA adapters: merge them before it grows")
@@ -375,6 +373,10 @@ def requested_growths(args: argparse.Namespace, depth: int) -> list[tuple[str, d
 
 def main(argv=None):
     """Grow a checkpoint and prove that nothing changed: `python grow.py runs/base --depth insert`."""
+    from grow_diffusers import grow_folder  # which imports this file
+
+    if grow_folder(argv):
+        return
     args = parse_arguments(argv)
     if args.out and Path(args.out).exists():
         raise ValueError(f"{args.out} is there already: name another directory with --out")

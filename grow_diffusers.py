@@ -1,0 +1,706 @@
+"""Depth growth of diffusers checkpoints: Wan, LTX-Video, CogVideoX, HunyuanVideo and others, on disk.
+
+The paper grows a trained foundation model. This chapter does it for checkpoints that people have: a folder
+in, a larger folder out, and the grown model computes the same bits (function-preserving depth growth).
+
+**Why a copy can change nothing.** A block of a transformer adds its branches to a residual stream: x + gate *
+proj(branch(x)). A copy is the identity if one factor of each branch is zero: the output projections, weights
+and biases (`zero="proj"`), or the rows of the adaLN map that produce the gates (`"gate"`). x + 0 is x, in
+every precision. Zero one factor only. Then the zero tensor gets a gradient in the first step, and the rest of
+the copy in the second. If both are zero, neither ever gets a gradient. So `grow` refuses to zero the gates of
+a block whose projections are zero already, as in a copy that was never trained, and the other way round.
+
+**No model is built.** The tensors of block i are called LIST.i.NAME. Growth renumbers the blocks by the
+`stacking_plan` of grow.py, copies tensors, zeroes some of the copies, and writes new counts to config.json.
+It reads lazily and writes shard by shard, so the memory is about one shard. Every tensor keeps its type.
+
+**What is special by index** breaks this, and each class has its own traps. `RULES` has the classes that were
+read and tested: each difference in tests/test_grow_diffusers.py is exactly 0, in float32 and bfloat16, with
+every parameter random. `REFUSED` has classes that cannot be grown, with the reason. All others are refused
+too, and so is a block with a branch that its rule does not know: nothing is guessed. Three traps:
+
+- Wan, LTX, SanaVideo, Latte: the gate is a table plus the shared time embedding. A zero table does not close
+  it, and the cross-attention has no gate. Only the projections can be zero.
+- Latte adds its temporal positions inside the loop, at block 0. A copy before it would take them (no prefix).
+- Cosmos 1.0 adds learnable positions again in every block, so that a copy adds them once more.
+
+How it differs from other tools: mergekit moves layers of language models and does not preserve the function.
+Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; images, audio.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from grow import WHERE, stacking_plan
+from machine import run_command
+from run import PICKLES, fsync, history_tree
+
+HISTORY = "_modelgrow"  # an entry of config.json; diffusers ignores and keeps names that begin with _
+TYPES = {"F32": 4, "F16": 2, "BF16": 2}  # type in a safetensors header -> bytes
+SKIPPED = (".git", ".cache", *(f"*{suffix}" for suffix in PICKLES), "*.msgpack")  # not copied to the output
+
+# --------------------------------------------------------------------------------------------------------
+# Rules
+
+
+class BlockList(NamedTuple):
+    """A list of blocks that a class runs one after the other. All names are modules inside a block."""
+
+    name: str  # of the list
+    count: str  # its length in config.json
+    parts: tuple[str, ...]  # all modules and parameters that a block may have
+    proj: tuple[str, ...] = ()  # output projections, one per branch
+    gate: tuple[str, ...] = ()  # linear maps that produce gates
+    pieces: int = (
+        6  # in the output of such a map: shift, scale, gate, shift, scale, gate; piece 2, 5, ... gates
+    )
+
+
+TABLE_PARTS = ("norm1", "attn1", "norm2", "attn2", "norm3", "ff", "scale_shift_table")
+WAN_PARTS = ("norm1", "attn1", "norm2", "attn2", "norm3", "ffn", "scale_shift_table")
+DUAL_PARTS = ("norm1", "norm1_context", "attn", "norm2", "norm2_context", "ff", "ff_context")
+DUAL_PROJ = ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2")
+DUAL_GATE = ("norm1.linear", "norm1_context.linear")
+SINGLE_PARTS = ("attn", "norm", "proj_mlp", "proj_out")
+KANDINSKY_PARTS = ("visual_modulation", "self_attention_norm", "self_attention", "cross_attention_norm")
+KANDINSKY_PARTS += ("cross_attention", "feed_forward_norm", "feed_forward")
+KANDINSKY_PROJ = ("self_attention.out_layer", "cross_attention.out_layer", "feed_forward.out_layer")
+ANIMATE_PARTS = ("norm1", "attn1", "norm2", "ff", "txt_ff", "norm3")
+NORM_GATES = ("norm1.linear", "norm2.linear")
+CROSS_PROJ = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
+WAN_PROJ = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
+SANA_PROJ = ("attn1.to_out.0", "attn2.to_out.0", "ff.conv_point")
+SELF_PROJ = ("attn1.to_out.0", "ff.net.2")
+
+WAN = BlockList("blocks", "num_layers", WAN_PARTS, WAN_PROJ)
+TABLE = BlockList("transformer_blocks", "num_layers", TABLE_PARTS, CROSS_PROJ)
+SANA = BlockList("transformer_blocks", "num_layers", TABLE_PARTS, SANA_PROJ)
+TEMPORAL = BlockList("temporal_transformer_blocks", "num_layers", TABLE_PARTS, SELF_PROJ)
+COG = BlockList("transformer_blocks", "num_layers", ANIMATE_PARTS[:4], SELF_PROJ, NORM_GATES)
+ANIMATE = BlockList("transformer_blocks", "num_layers", ANIMATE_PARTS, (), NORM_GATES)
+DUAL = BlockList("transformer_blocks", "num_layers", DUAL_PARTS, DUAL_PROJ, DUAL_GATE)
+SINGLE = BlockList(
+    "single_transformer_blocks", "num_single_layers", SINGLE_PARTS, ("proj_out",), ("norm.linear",), 3
+)
+VISUAL = BlockList(
+    "visual_transformer_blocks",
+    "num_visual_blocks",
+    KANDINSKY_PARTS,
+    KANDINSKY_PROJ,
+    ("visual_modulation.out_layer",),
+    9,
+)
+
+RULES = {
+    "WanTransformer3DModel": (WAN,),
+    "SkyReelsV2Transformer3DModel": (WAN,),
+    "ChronoEditTransformer3DModel": (WAN,),
+    "LTXVideoTransformer3DModel": (TABLE,),
+    "AllegroTransformer3DModel": (TABLE,),
+    "CosmosTransformer3DModel": (TABLE,),
+    "SanaVideoTransformer3DModel": (SANA,),
+    "LatteTransformer3DModel": (TABLE, TEMPORAL),  # run in turns; they share a count
+    "CogVideoXTransformer3DModel": (COG,),
+    "EasyAnimateTransformer3DModel": (ANIMATE,),
+    "HunyuanVideoTransformer3DModel": (DUAL, SINGLE),
+    "HunyuanVideoFramepackTransformer3DModel": (DUAL, SINGLE),
+    "HunyuanVideo15Transformer3DModel": (DUAL,),
+    "FluxTransformer2DModel": (DUAL, SINGLE),
+    "Kandinsky5Transformer3DModel": (VISUAL,),
+}
+
+# Entries of config.json that a class may have, and what else they would need.
+CONDITIONS = {
+    "CosmosTransformer3DModel": {
+        "extra_pos_embed_type": "every block adds the learnable positions, and so would a copy",
+        "controlnet_block_every_n": "a control net adds to blocks by index",
+    },
+}
+
+INDEXED = "a block takes something by its index: "
+REFUSED = {
+    "WanVACETransformer3DModel": INDEXED + "vace_layers",
+    "WanAnimateTransformer3DModel": INDEXED + "a face adapter for every fifth block",
+    "WanAnimate2Transformer3DModel": INDEXED + "a cache of keys and values",
+    "AnyFlowFARTransformer3DModel": INDEXED + "a cache of keys and values",
+    "LTX2VideoTransformer3DModel": INDEXED + "stg_blocks, which pipelines name",
+    "ConsisIDTransformer3DModel": INDEXED + "a face cross-attention for every second block",
+    "MochiTransformer3DModel": INDEXED + "the last block has no text branch",
+    "SD3Transformer2DModel": INDEXED + "the last block has no text branch",
+    "SanaWMTransformer3DModel": INDEXED + "softmax attention in every n-th block",
+    "SanaWMLTX2RefinerTransformer3DModel": INDEXED + "a cache of keys and values",
+    "MotifVideoTransformer3DModel": INDEXED + "the split into encoder and decoder blocks",
+    "ChromaTransformer2DModel": INDEXED + "its modulation, from one network for all blocks",
+    "HunyuanDiT2DModel": INDEXED + "skip connections from the first half to the second",
+}
+
+
+def block_lists(name: str, config: dict) -> tuple[BlockList, ...]:
+    """The rule for class `name` with this config.json. Raises ValueError if it cannot be grown exactly."""
+    if name in REFUSED:
+        raise ValueError(f"{name} cannot be grown: {REFUSED[name]}")
+    if name not in RULES:
+        raise ValueError(f"there is no rule for {name[:80]}; there are rules for {', '.join(RULES)}")
+    if "quantization_config" in config:
+        raise ValueError("a quantized checkpoint cannot be grown: take the original weights")
+    for entry, reason in CONDITIONS.get(name, {}).items():
+        if config.get(entry) is not None:
+            raise ValueError(f"{name} with {entry} {config[entry]!r} cannot be grown: {reason}")
+    if name == "EasyAnimateTransformer3DModel" and config["mmdit_layers"] < config["num_layers"]:
+        raise ValueError(f"{name} with mmdit_layers below num_layers cannot be grown: its blocks differ")
+    return RULES[name]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Entry(NamedTuple):
+    """A tensor on the disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as in a safetensors header
+    size: int  # bytes
+
+
+class Source(NamedTuple):
+    """A checkpoint on the disk."""
+
+    folder: Path
+    config: dict
+    tensors: dict[str, Entry]  # in the order of the files
+    index: Path | None  # the index of a sharded checkpoint
+    stem: str  # of the file names: diffusion_pytorch_model, with a variant perhaps
+
+
+def is_diffusers(folder: Path | str) -> bool:
+    """Whether a folder holds a diffusers model, or a pipeline with a transformer."""
+    try:
+        return "_class_name" in json.loads((model_folder(folder) / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def model_folder(folder: Path | str) -> Path:
+    """A model's folder, or a pipeline's -> that of the model."""
+    folder = Path(folder)
+    return folder / "transformer" if (folder / "model_index.json").is_file() else folder
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds an object. Raises OSError or ValueError."""
+    try:
+        entries = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return entries
+
+
+def read_source(folder: Path) -> Source:
+    """The config and all headers. Raises OSError or ValueError if files are absent, cut off, or not what the
+    index says."""
+    config = read_json(folder / "config.json")
+    indices = sorted(folder.glob("*.safetensors.index*.json"))
+    if len(indices) > 1:
+        raise ValueError(f"{folder} has several checkpoints: move all but one of {names_of(indices)}")
+    if indices:
+        tensors = read_shards(folder, indices[0])
+        return Source(folder, config, tensors, indices[0], indices[0].name.split(".")[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        found = names_of(files) or "none"
+        raise ValueError(f"{folder} must hold one file of .safetensors, or an index; there is {found}")
+    return Source(folder, config, read_header(files[0]), None, files[0].name.removesuffix(".safetensors"))
+
+
+def names_of(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def read_shards(folder: Path, index: Path) -> dict[str, Entry]:
+    """All tensors of a sharded checkpoint. Raises ValueError unless index and shards agree."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names a file in another folder: {name[:80]}")
+        for tensor, entry in read_header(folder / name).items():
+            if weight_map.get(tensor) != name:
+                raise ValueError(f"{index.name} has no entry for {tensor}, which is in {name}")
+            tensors[tensor] = entry
+    for tensor in weight_map:
+        if tensor not in tensors:
+            raise ValueError(f"{weight_map[tensor]} has no tensor {tensor}, which {index.name} names")
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one file, without their data. Raises OSError or ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is absent")
+    tensors = {}
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is not a dictionary)
+                part = opened.get_slice(name)
+                if part.get_dtype() not in TYPES:
+                    raise ValueError(f"{name} is {part.get_dtype()}; a checkpoint to grow has {list(TYPES)}")
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                tensors[name] = Entry(file, shape, dtype, TYPES[dtype] * torch.Size(shape).numel())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off or broken: {error}") from None
+    return tensors
+
+
+def read_tensor(source: Source, name: str) -> torch.Tensor:
+    """One tensor, mapped from its file."""
+    with safe_open(source.tensors[name].file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+def blocks_of(source: Source, rule: BlockList) -> dict[int, dict[str, str]]:
+    """-> {number of a block: {name in the block: name of the tensor}}. Raises ValueError unless the blocks
+    are as many as the config says, all alike, and made of parts that the rule knows."""
+    count = source.config.get(rule.count)
+    if type(count) is not int or count < 1:
+        raise ValueError(f"config.json must have a number {rule.count}; it has {str(count)[:80]}")
+    blocks = {}
+    for tensor in source.tensors:
+        name, _, rest = tensor.partition(".")
+        number, _, inner = rest.partition(".")
+        if name == rule.name and number.isdecimal():
+            blocks.setdefault(int(number), {})[inner] = tensor
+    if sorted(blocks) != list(range(count)):
+        raise ValueError(f"{rule.count} is {count}, but the files hold {len(blocks)} {rule.name}")
+    for number, block in blocks.items():
+        odd = sorted(block.keys() ^ blocks[0].keys())
+        if odd:
+            raise ValueError(f"{rule.name} differ: {number} and 0 do not both have {odd[0]}")
+    check_parts(rule, blocks[0])
+    return blocks
+
+
+def check_parts(rule: BlockList, block: dict[str, str]):
+    """Raise ValueError unless a block is what the rule describes."""
+    for inner in block:
+        if inner.split(".")[0] not in rule.parts:
+            raise ValueError(f"{rule.name} have {inner}, which the rule does not know: not grown")
+    for module in rule.proj + rule.gate:
+        if f"{module}.weight" not in block:
+            raise ValueError(f"{rule.name} have no {module}.weight, which the rule would zero: not grown")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Growth
+
+
+class Target(NamedTuple):
+    """A tensor of the grown checkpoint."""
+
+    name: str
+    source: str
+    zero: str = ""  # "all", "gate", or nothing
+    pieces: int = 1  # for "gate"
+
+
+class Summary(NamedTuple):
+    """What a growth has done."""
+
+    folder: Path  # the grown model
+    changed: dict[str, list[int]]  # count in config.json -> before, after
+    parameters: tuple[int, int]  # before, after
+    new: list[str]  # names of the new blocks
+    size: int  # bytes of the grown weights
+    files: int
+
+
+def share_out(add, at, counts: dict[str, int]) -> dict[str, tuple[int, list[int]]]:
+    """-> {count in config.json: (copies, block numbers to copy)}. `add` is a number for the whole model, in
+    proportion to the lists, or one number per list. `at` numbers the blocks of all lists in their order."""
+    total = sum(counts.values())
+    if at is not None:
+        if add is not None:
+            raise ValueError("name blocks with at, or a number with add, not both")
+        for number in at:
+            if not 0 <= number < total:
+                raise ValueError(f"there is no block {number}; there are {total}, from 0 on")
+    elif add is None:
+        raise ValueError("say how many blocks to add")
+    elif type(add) is int:
+        add = split(add, list(counts.values()))
+    elif len(add) != len(counts):
+        raise ValueError(f"{len(add)} numbers of blocks for {len(counts)} lists: {', '.join(counts)}")
+    shares, start = {}, 0
+    for i, (name, count) in enumerate(counts.items()):
+        here = [number - start for number in at or () if start <= number < start + count]
+        shares[name] = (len(here) if at is not None else add[i], here)
+        start += count
+    if all(copies == 0 for copies, _ in shares.values()):
+        raise ValueError("nothing to add")
+    return shares
+
+
+def split(add: int, counts: list[int]) -> list[int]:
+    """A number in proportion to `counts`; the last one takes what rounding leaves."""
+    parts = [add * count // sum(counts) for count in counts]
+    parts[-1] += add - sum(parts)
+    return parts
+
+
+def plan_of(depth: int, copies: int, where: str, at: list[int] | None) -> list[tuple[int, bool]]:
+    """The grown stack as in grow.py: (number in the base, is it a copy?). `at`: copies right after these."""
+    if at is not None:
+        plan = []
+        for i in range(depth):
+            plan += [(i, False)] + [(i, True)] * at.count(i)
+        return plan
+    if copies == 0:
+        return [(i, False) for i in range(depth)]
+    return stacking_plan(depth, copies, where=where)
+
+
+def block_targets(rule, blocks, plan, zero) -> list[Target]:
+    """The tensors of a grown list."""
+    targets = []
+    for number, (old, is_copy) in enumerate(plan):
+        for inner, tensor in blocks[old].items():
+            name = f"{rule.name}.{number}.{inner}"
+            module = inner.rpartition(".")[0]
+            if is_copy and module in getattr(rule, zero):
+                targets.append(Target(name, tensor, "all" if zero == "proj" else "gate", rule.pieces))
+            else:
+                targets.append(Target(name, tensor))
+    return targets
+
+
+def gate_rows(tensor: torch.Tensor, pieces: int) -> torch.Tensor:
+    """The rows of an adaLN map, (pieces * D, ...), that produce gates -> a view (pieces / 3, D, ...)."""
+    return tensor.unflatten(0, (pieces // 3, 3, -1))[:, 2]
+
+
+def check_alive(source: Source, rule: BlockList, block: dict[str, str], zero: str):
+    """Raise ValueError if a branch of a block would have zero gates and zero projections: it could never
+    learn."""
+    for module in rule.gate if zero == "proj" else rule.proj:
+        factors = []
+        for inner in (f"{module}.weight", f"{module}.bias"):
+            if inner in block:
+                tensor = read_tensor(source, block[inner])
+                factors += list(gate_rows(tensor, rule.pieces)) if zero == "proj" else [tensor]
+        half = len(factors) // 2
+        if f"{module}.bias" in block:  # a factor is zero if its weight and its bias are
+            alive = [bool(a.any() or b.any()) for a, b in zip(factors[:half], factors[half:], strict=True)]
+        else:
+            alive = [bool(factor.any()) for factor in factors]
+        if not all(alive):
+            other = "gates" if zero == "proj" else "projections"
+            name = block[f"{module}.weight"].removesuffix(".weight")
+            raise ValueError(
+                f"the {other} of {name} are zero already: with zero {zero} a copy could never learn."
+                " Train it first, copy another block, or zero the same factor as before"
+            )
+
+
+def make_targets(source: Source, zero, add, where, at) -> tuple[list[Target], dict, list[str]]:
+    """-> (all tensors of the grown model, {count: [before, after]}, names of new blocks)."""
+    name = source.config["_class_name"]
+    rules = block_lists(name, source.config)
+    lists = {rule.name: blocks_of(source, rule) for rule in rules}
+    counts = {rule.count: source.config[rule.count] for rule in rules}
+    shares = share_out(add, at, counts)
+    targets, changed, new, moved = [], {}, [], set()
+    for rule in rules:
+        blocks = lists[rule.name]
+        copies, here = shares[rule.count]
+        plan = plan_of(len(blocks), copies, where, here if at is not None else None)
+        if name == "LatteTransformer3DModel" and plan[0] == (0, True):
+            raise ValueError(f"{name} cannot be grown by prefix: its block 0 adds the temporal positions")
+        for old in sorted({i for i, is_copy in plan if is_copy}):
+            check_alive(source, rule, blocks[old], zero)
+        targets += block_targets(rule, blocks, plan, zero)
+        new += [f"{rule.name}.{i}" for i, (_, is_copy) in enumerate(plan) if is_copy]
+        if len(plan) > len(blocks):
+            changed[rule.count] = [len(blocks), len(plan)]
+        for block in blocks.values():
+            moved.update(block.values())
+    targets += [Target(name, name) for name in source.tensors if name not in moved]
+    order = {name: i for i, name in enumerate(source.tensors)}
+    return sorted(targets, key=lambda target: order[target.source]), changed, new
+
+
+def pick_zero(name: str, config: dict, zero: str | None) -> str:
+    """Which factor of the copies is zero. None takes what the class has, projections first."""
+    rules = block_lists(name, config)
+    possible = [factor for factor in ("proj", "gate") if all(getattr(rule, factor) for rule in rules)]
+    if zero is None:
+        return possible[0]
+    if zero == "both":
+        raise ValueError("with gates and projections both zero, a copy never gets a gradient: zero one")
+    if zero not in possible:
+        raise ValueError(f"{name} cannot be grown with zero {zero!r}; it can with {' or '.join(possible)}")
+    return zero
+
+
+def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
+    """Grow the diffusers model in `folder`, or the transformer of the pipeline in `folder`, into `out`, which
+    must not exist. It is written whole or not at all.
+
+    add: blocks to add to the model, or a list with one number per list of blocks. where: "insert", "prefix"
+    or "suffix", as in grow.py. zero: "proj" or "gate"; None takes what the class has. at: numbers of blocks;
+    each gets a copy right after it, instead of `add`. Raises ValueError or OSError, in one line."""
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another folder")
+    source = read_source(model_folder(folder))
+    name = source.config.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"{source.folder}/config.json has no _class_name: it is not a diffusers model")
+    if where not in WHERE:
+        raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
+    history = read_history(source.config)
+    zero = pick_zero(name, source.config, zero)
+    targets, changed, new = make_targets(source, zero, add, where, at)
+    where = "at" if at is not None else where
+    event = {"grow": "depth", "where": where, "zero": zero, "changed": changed, "new": new}
+    config = {**source.config, HISTORY: [*history, event]}
+    config |= {count: after for count, (_, after) in changed.items()}
+    if "mmdit_layers" in config:  # EasyAnimate: all blocks are of this kind, and stay so
+        config["mmdit_layers"] = max(config["mmdit_layers"], config["num_layers"])
+    temporary = out.with_name(out.name + ".new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        files = write_folder(folder, temporary, source, config, targets)
+        temporary.rename(out)
+    except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
+        raise OSError(f"{out} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
+    after = sum(torch.Size(source.tensors[target.source].shape).numel() for target in targets)
+    size = sum(source.tensors[target.source].size for target in targets)
+    return Summary(model_folder(out), changed, (before, after), new, size, files)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_folder(folder: Path, new: Path, source: Source, config: dict, targets: list[Target]) -> int:
+    """Write a grown model or pipeline to `new` -> the number of files of weights."""
+    size = sum(source.tensors[target.source].size for target in targets)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(new.parent).free
+    if size > free:
+        raise OSError(f"it takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+    copy_others(folder, new, source)
+    grown = new / source.folder.relative_to(folder)
+    (grown / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shards = split_into_shards(source, targets)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{source.stem}.safetensors"
+        if source.index:
+            file = f"{source.stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(load_targets(source, shard), grown / file, {"format": "pt"})
+        fsync(grown / file)
+        weight_map |= dict.fromkeys([target.name for target in shard], file)
+    if source.index:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (grown / source.index.name).write_text(json.dumps(index, indent=2) + "\n")
+    return len(shards)
+
+
+def copy_others(folder: Path, new: Path, source: Source):
+    """Copy a folder without the weights of the model, pickles and hidden folders."""
+    weights = {entry.file.name for entry in source.tensors.values()}
+    if source.index:
+        weights.add(source.index.name)
+    shutil.copytree(folder, new, ignore=partial(left_out, source.folder, weights))
+
+
+def left_out(model: Path, weights: set[str], directory: str, names: list[str]) -> set[str]:
+    """The files of a directory that are not copied."""
+    skipped = shutil.ignore_patterns(*SKIPPED)(directory, names)
+    return skipped | weights if Path(directory) == model else skipped
+
+
+def split_into_shards(source: Source, targets: list[Target]) -> list[list[Target]]:
+    """Groups of tensors, none larger than the largest shard of the source; one group if it is not sharded."""
+    if not source.index:
+        return [targets]
+    sizes = {}
+    for entry in source.tensors.values():
+        sizes[entry.file] = sizes.get(entry.file, 0) + entry.size
+    shards, filled = [[]], 0
+    for target in targets:
+        size = source.tensors[target.source].size
+        if shards[-1] and filled + size > max(sizes.values()):
+            shards.append([])
+            filled = 0
+        shards[-1].append(target)
+        filled += size
+    return shards
+
+
+def load_targets(source: Source, targets: list[Target]) -> dict[str, torch.Tensor]:
+    """The tensors of one file of the grown checkpoint. Copies have storage of their own."""
+    tensors, seen, files = {}, set(), {}
+    for target in targets:
+        file = source.tensors[target.source].file
+        if file not in files:
+            files[file] = safe_open(file, "pt")
+        tensor = files[file].get_tensor(target.source)
+        if target.zero or target.source in seen:
+            tensor = tensor.clone()
+        if target.zero == "all":
+            tensor.zero_()
+        elif target.zero == "gate":
+            gate_rows(tensor, target.pieces).zero_()
+        seen.add(target.source)
+        tensors[target.name] = tensor
+    return tensors
+
+
+def read_history(config: dict) -> list[dict]:
+    """The growths of a model, oldest first. Raises ValueError if the entry is not a history."""
+    history = config.get(HISTORY, [])
+    try:
+        for event in history:
+            if event["grow"] != "depth":
+                raise ValueError("it has an unknown growth")
+            " ".join(event["new"])
+        history_tree(history)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{HISTORY} in config.json is not a history of growth: {error}") from None
+    return list(history)
+
+
+def tree_of(config: dict) -> str:
+    """The history of a model as a tree, or a line that says that there is none."""
+    history = []
+    for event in read_history(config):
+        history.append({**event, "new": " ".join(event["new"])})
+    return history_tree(history) or f"{config['_class_name']}, never grown"
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command
+
+
+def numbers(text: str) -> list[int]:
+    """ "3,7,11" -> [3, 7, 11]."""
+    return [int(word) for word in text.split(",")]
+
+
+def parse_arguments(argv) -> argparse.Namespace:
+    """The command line. Raises ValueError for options that need another one."""
+    about = "Grow a diffusers model or pipeline on the disk. Without --depth or --at, print its history."
+    parser = argparse.ArgumentParser(description=about)
+    option = parser.add_argument
+    option("folder", help="folder of a diffusers model, or of a pipeline with a transformer")
+    option("--depth", choices=WHERE, help="more blocks, and where they go")
+    option("--add", type=numbers, metavar="N[,N]", help="for --depth: blocks to add, in all or for each list")
+    option("--at", type=numbers, metavar="N,N,...", help="copy exactly these blocks, each right after itself")
+    option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
+    option("--out", help="folder for the grown model; it must not exist")
+    option("--check", action="store_true", help="load both with diffusers and compare their outputs")
+    args = parser.parse_args(argv)
+    if args.depth and args.at:
+        raise ValueError("--depth says where blocks go, and so does --at: give one of them")
+    asked = args.depth or args.at
+    for name in ("add", "zero", "out", "check"):
+        if getattr(args, name) and not asked:
+            raise ValueError(f"--{name} is for a growth: give --depth or --at too")
+    if asked and not args.out:
+        raise ValueError("name a folder for the grown model with --out")
+    if args.depth and not args.add:
+        raise ValueError("say how many blocks to add, with --add")
+    return args
+
+
+def report(summary: Summary) -> list[str]:
+    """What a growth has done, as lines."""
+    lines = []
+    for count, (before, after) in summary.changed.items():
+        lines.append(f"{count}: {before} -> {after} blocks")
+    before, after = summary.parameters
+    lines.append(f"parameters: {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M")
+    lines.append(f"new blocks: {' '.join(summary.new)}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    size = f"{summary.size / 1e6:,.1f} MB in {summary.files} file{'s' if summary.files > 1 else ''}"
+    lines.append(f"written: {size}, peak memory {peak:,.0f} MB")
+    return lines
+
+
+def loading_lines(out: Path, summary: Summary, name: str) -> list[str]:
+    """Four lines of Python that load a grown model and name its new parameters."""
+    lines = ["import torch, diffusers"]
+    if summary.folder == out:
+        lines.append(f'model = diffusers.{name}.from_pretrained("{out}", torch_dtype=torch.bfloat16)')
+    else:
+        lines.append(
+            f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.bfloat16)'
+        )
+    model = "model" if summary.folder == out else "pipe.transformer"
+    blocks = ", ".join(f'"{block}."' for block in summary.new)
+    lines.append(f"blocks = ({blocks},)")
+    lines.append(f"new = [p for name, p in {model}.named_parameters() if name.startswith(blocks)]")
+    return lines
+
+
+def check_lines(base: Path, grown: Path) -> list[str]:
+    """The largest difference of two models, as a line. Raises ValueError if they are not the same."""
+    from proof_diffusers import largest_difference
+
+    difference, largest = largest_difference(base, grown)
+    verdict = "the same bits" if difference == 0 else "the same up to rounding"
+    if not difference <= 0.01 * largest:
+        raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
+    return [f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"]
+
+
+def grow_folder(argv) -> bool:
+    """The part of grow.py's command that is for diffusers: whether a word of `argv` (None: of the command
+    line) is a diffusers folder. Then `main` is run."""
+    words = sys.argv[1:] if argv is None else argv
+    found = any(is_diffusers(word) for word in words)
+    if found:
+        main(words)
+    return found
+
+
+def main(argv=None):
+    """Grow a diffusers model: `python grow.py FOLDER --depth insert --add 6 --out OUT`."""
+    args = parse_arguments(argv)
+    folder = model_folder(args.folder)
+    if not args.out:
+        config = read_json(folder / "config.json")
+        print(tree_of(config))
+        return
+    add = args.add[0] if args.add and len(args.add) == 1 else args.add
+    summary = grow(args.folder, args.out, add, args.depth or "insert", args.zero, args.at)
+    lines = report(summary)
+    config = read_json(summary.folder / "config.json")
+    if args.check:
+        lines += check_lines(folder, summary.folder)
+    lines += [tree_of(config), "", *loading_lines(Path(args.out), summary, config["_class_name"])]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main, memory_hint="a shard must fit")

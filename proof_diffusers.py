@@ -1,0 +1,255 @@
+"""The proof of a growth of a diffusers model: both models run on the same random inputs.
+
+`python grow.py FOLDER --depth insert --add 6 --out OUT --check` prints the largest difference. It loads both
+models, one after the other, so it takes the memory of the larger one. diffusers must be installed. The inputs
+are small: a few frames, a few tokens. Each class takes other inputs, so there is a function for each kind.
+
+Left out: control nets, IP adapters and caches, which no checkpoint holds.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from grow_diffusers import read_source
+
+TOKENS = 5  # of text
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Draw:
+    """Random inputs of one type, from one seed."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+
+def wan_inputs(c, draw):
+    """Wan, SkyReelsV2, ChronoEdit."""
+    inputs = {
+        "hidden_states": draw(1, c.in_channels, 3 * c.patch_size[0], 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": draw(1, TOKENS, c.text_dim),
+    }
+    if c.image_dim:
+        images = 2 if c.pos_embed_seq_len else 1  # the first and the last frame
+        tokens = (c.pos_embed_seq_len or 2 * 257) // 2
+        inputs["encoder_hidden_states_image"] = draw(images, tokens, c.image_dim)
+    return inputs
+
+
+def ltx_inputs(c, draw):
+    return {
+        "hidden_states": draw(1, 3 * 2 * 2, c.in_channels),
+        "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
+        "timestep": torch.tensor([500.0]),
+        "encoder_attention_mask": torch.ones(1, TOKENS, dtype=torch.bool),
+        "num_frames": 3,
+        "height": 2,
+        "width": 2,
+    }
+
+
+def cogvideox_inputs(c, draw):
+    size = 4 * c.patch_size
+    frames = 2 * (c.patch_size_t or 1)
+    if not c.use_rotary_positional_embeddings:  # the table of positions has one size
+        frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
+    height = c.sample_height if not c.use_rotary_positional_embeddings else size
+    width = c.sample_width if not c.use_rotary_positional_embeddings else size
+    inputs = {
+        "hidden_states": draw(1, frames, c.in_channels, height, width),
+        "encoder_hidden_states": draw(1, c.max_text_seq_length, c.text_embed_dim),
+        "timestep": torch.tensor([500]),
+    }
+    if c.use_rotary_positional_embeddings:
+        tokens = frames // (c.patch_size_t or 1) * 4 * 4
+        angle = torch.rand(tokens, c.attention_head_dim, generator=draw.generator)
+        inputs["image_rotary_emb"] = (angle.cos(), angle.sin())
+    if c.ofs_embed_dim:
+        inputs["ofs"] = torch.tensor([2.0])
+    return inputs
+
+
+def hunyuan_inputs(c, draw):
+    inputs = {
+        "hidden_states": draw(1, c.in_channels, 2 * c.patch_size_t, 2 * c.patch_size, 2 * c.patch_size),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": draw(1, TOKENS, c.text_embed_dim),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+        "pooled_projections": draw(1, c.pooled_projection_dim),
+    }
+    if c.guidance_embeds:
+        inputs["guidance"] = torch.tensor([6000.0]).to(draw.dtype)
+    return inputs
+
+
+def framepack_inputs(c, draw):
+    inputs = hunyuan_inputs(c, draw)
+    size = inputs["hidden_states"].shape[-1]
+    inputs["image_embeds"] = draw(1, 3, c.image_proj_dim)
+    inputs["indices_latents"] = torch.arange(inputs["hidden_states"].shape[2])
+    for name, frames in (("clean", 2), ("history_2x", 2), ("history_4x", 4)):
+        inputs[f"latents_{name}"] = draw(1, c.in_channels, frames, size, size)
+        inputs[f"indices_latents_{name}"] = torch.arange(frames)
+    return inputs
+
+
+def hunyuan15_inputs(c, draw):
+    return {
+        "hidden_states": draw(1, c.in_channels, 2 * c.patch_size_t, 2 * c.patch_size, 2 * c.patch_size),
+        "timestep": torch.tensor([500.0]).to(draw.dtype),
+        "encoder_hidden_states": draw(1, TOKENS, c.text_embed_dim),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+        "encoder_hidden_states_2": draw(1, TOKENS, c.text_embed_2_dim),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 0, 0, 0]]),
+        "image_embeds": draw(1, 3, c.image_embed_dim),
+    }
+
+
+def sana_inputs(c, draw):
+    inputs = {
+        "hidden_states": draw(1, c.in_channels, 2 * c.patch_size[0], 4, 4),
+        "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
+        "timestep": torch.tensor([500]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+    }
+    if c.guidance_embeds:
+        inputs["guidance"] = torch.tensor([4.5])
+    return inputs
+
+
+def latte_inputs(c, draw):
+    return {
+        "hidden_states": draw(1, c.in_channels, c.video_length, c.sample_size, c.sample_size),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
+    }
+
+
+def allegro_inputs(c, draw):
+    angle = torch.rand(2 * 2 * 2, c.attention_head_dim // 3, generator=draw.generator)
+    positions = torch.arange(8)[None]
+    return {
+        "hidden_states": draw(1, c.in_channels, 2 * c.patch_size_t, 2 * c.patch_size, 2 * c.patch_size),
+        "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
+        "timestep": torch.tensor([500]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+        "image_rotary_emb": (((angle.cos(), angle.sin()),) * 3, (positions,) * 3),
+    }
+
+
+def cosmos_inputs(c, draw):
+    inputs = {
+        "hidden_states": draw(1, c.in_channels, 2, 4, 4),
+        "timestep": torch.tensor([500.0]).to(draw.dtype),
+        "encoder_hidden_states": draw(1, TOKENS, c.text_embed_dim),
+        "padding_mask": torch.zeros(1, 1, 8, 8, dtype=draw.dtype),
+    }
+    if c.use_crossattn_projection:
+        inputs["encoder_hidden_states"] = draw(1, TOKENS, c.crossattn_proj_in_channels)
+    if c.img_context_dim_in:
+        image = draw(1, c.img_context_num_tokens, c.img_context_dim_in)
+        inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], image)
+    return inputs
+
+
+def easyanimate_inputs(c, draw):
+    return {
+        "hidden_states": draw(1, c.in_channels, 2, 2 * c.patch_size, 2 * c.patch_size),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": draw(1, TOKENS, c.text_embed_dim),
+    }
+
+
+def flux_inputs(c, draw):
+    inputs = {
+        "hidden_states": draw(1, 6, c.in_channels),
+        "encoder_hidden_states": draw(1, TOKENS, c.joint_attention_dim),
+        "pooled_projections": draw(1, c.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]).to(draw.dtype),
+        "img_ids": torch.arange(18.0).view(6, 3) % 4,
+        "txt_ids": torch.zeros(TOKENS, 3),
+    }
+    if c.guidance_embeds:
+        inputs["guidance"] = torch.tensor([3.5]).to(draw.dtype)
+    return inputs
+
+
+def kandinsky_inputs(c, draw):
+    channels = 2 * c.in_visual_dim + 1 if c.visual_cond else c.in_visual_dim
+    return {
+        "hidden_states": draw(1, 2, 4, 4, channels),
+        "encoder_hidden_states": draw(1, TOKENS, c.in_text_dim),
+        "timestep": torch.tensor([500.0]),
+        "pooled_projections": draw(1, c.in_text_dim2),
+        "visual_rope_pos": (torch.arange(2), torch.arange(2), torch.arange(2)),
+        "text_rope_pos": torch.arange(TOKENS),
+    }
+
+
+INPUTS = {
+    "WanTransformer3DModel": wan_inputs,
+    "SkyReelsV2Transformer3DModel": wan_inputs,
+    "ChronoEditTransformer3DModel": wan_inputs,
+    "LTXVideoTransformer3DModel": ltx_inputs,
+    "AllegroTransformer3DModel": allegro_inputs,
+    "CosmosTransformer3DModel": cosmos_inputs,
+    "SanaVideoTransformer3DModel": sana_inputs,
+    "LatteTransformer3DModel": latte_inputs,
+    "CogVideoXTransformer3DModel": cogvideox_inputs,
+    "EasyAnimateTransformer3DModel": easyanimate_inputs,
+    "HunyuanVideoTransformer3DModel": hunyuan_inputs,
+    "HunyuanVideoFramepackTransformer3DModel": framepack_inputs,
+    "HunyuanVideo15Transformer3DModel": hunyuan15_inputs,
+    "FluxTransformer2DModel": flux_inputs,
+    "Kandinsky5Transformer3DModel": kandinsky_inputs,
+}
+
+
+def random_inputs(model, seed: int = 0) -> dict:
+    """Small random inputs of a diffusers model, by the names of its forward, in its type."""
+    name = type(model).__name__
+    return INPUTS[name](model.config, Draw(model.dtype, seed))
+
+
+def main_type(folder: Path) -> torch.dtype:
+    """The type that most of a model's bytes have."""
+    sizes = {}
+    for entry in read_source(folder).tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
+    return DTYPES[max(sizes, key=sizes.get)]
+
+
+def load(folder: Path | str, dtype: torch.dtype | None = None):
+    """A folder -> the diffusers model in eval mode. `dtype` None takes the type of most bytes. Raises
+    ValueError if diffusers is not installed.
+
+    The tensors are cloned: a loaded one lies in the mapped file at any address, and products of matrices on
+    the CPU round differently at addresses that are multiples of 64 and at others."""
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("a check needs diffusers: pip install diffusers") from None
+    name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
+    dtype = dtype or main_type(Path(folder))
+    model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+@torch.no_grad()
+def largest_difference(base, grown, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Two folders -> the largest |grown - base| and |base| over all outputs, on random inputs."""
+    outputs = []
+    for folder in (base, grown):
+        model = load(folder, dtype)
+        outputs.append(model(**random_inputs(model), return_dict=False)[0].float())
+        del model  # before the other one is loaded
+    return (outputs[1] - outputs[0]).abs().max().item(), outputs[0].abs().max().item()
