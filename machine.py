@@ -16,12 +16,14 @@ fits, and fetches rows ahead of their step if it does not, so that the device ne
 running them. `GraphedStep` records them once as a CUDA graph and launches that.
 
 **Errors.** ValueError and OSError are errors of the user: a wrong option, a missing file. `run_command`
-prints them as one line and ends with status 2. Everything else is a bug and keeps its traceback.
+prints them as one line and ends with status 2. Everything else is a bug and keeps its traceback. A line that
+cannot be printed is no error: see `SafeOutput`.
 
 Left out: logging levels, configuration files, environment switches other than MODELGROW_CACHE.
 """
 
 import codecs
+import contextlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -179,14 +181,71 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
+class SafeOutput:
+    """A text stream that never fails, so that no work is lost because a line cannot be printed. What the
+    encoding lacks is written as \\u2514. When nobody reads any more (`| head`), or the disk is full, the rest
+    goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            self.give_up(error)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError):
+        """Send the rest to the null device."""
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"note: what is printed is lost: {error.strerror}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def safe_output():
+    """A context in which nothing that is printed can fail."""
+    before = sys.stdout, sys.stderr
+    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stdout, sys.stderr = (SafeOutput(stream or nowhere) for stream in before)  # None: it is closed
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
 def run_command(main, memory_hint: str = "take smaller sizes"):
     """Run `main()` as a program. An error of the user becomes one line and exit status 2, Ctrl-C status 130.
     `memory_hint` says what to do when memory runs out."""
+    with safe_output():
+        status = run_main(main, memory_hint)
+    if status:
+        sys.exit(status)
+
+
+def run_main(main, memory_hint: str) -> int:
+    """Run `main()` -> the exit status."""
     try:
         main()
+        return 0
     except KeyboardInterrupt:
         print("stopped; what was saved before is kept", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = str(error)
         if out_of_memory(error):
@@ -194,4 +253,4 @@ def run_command(main, memory_hint: str = "take smaller sizes"):
         elif not isinstance(error, (ValueError, OSError)):
             raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        return 2
