@@ -23,10 +23,9 @@ with modulate(x) = norm(x) * (1 + scale) + shift. Shift, scale and gate are line
 the start it is zero and the output projection is not. Growth relies on this: a branch with one zero factor is
 silent but learns; a branch with two zero factors gets no gradient, ever.
 
-**Timestep.** Sines and cosines of t at frequencies from `time_scale` down to 0.1 radians per unit of t, then
-an MLP. Other DiTs multiply t by 1000, which turns the fastest pair by one radian per 0.001 of t. Such an
-embedding is arbitrary at every timestep that training rarely draws. Training draws timesteps with a spread of
-0.1 (flow.py), so here the fastest pair turns by one radian in 0.05.
+**Timestep.** Sines and cosines of 1000 t, from one radian per 0.001 of t down to 0.1 radians in all, then an
+MLP. A slower embedding, of 20 t, would be smooth at the scale on which training draws timesteps (flow.py). It
+was tried: the loss was the same, and fewer prompts came out right (README, *Choices that were measured*).
 
 **Positions.** Rotary, in 3-D: the channel pairs of a head are split between time, height and width, and are
 rotated by position times frequency, so that q k^T depends on differences of positions. A rotation says
@@ -60,6 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention import attention
 
+TIME_SCALE = 1000  # radians per unit of t of the fastest sine of the timestep
 TIME_DIM = 128  # sines and cosines of t; with 256 the loss near t = 1, rarely drawn, grew during training
 ROPE_PERIOD = 100.0  # the slowest rotation has a period of 2 pi times as many patches
 MOST_PIXELS = 2**28  # of a clip; a checkpoint from elsewhere may ask for anything
@@ -92,7 +92,6 @@ class DiTConfig:
     text_dim: int = 384  # channels of the text encoder's features (MiniLM: 384)
     llm_dim: int = 0  # channels of the LLM's features; 0: no LLM branch
     lora_rank: int = 0  # rank of the adapters on attention and MLP; 0: none
-    time_scale: int = 20  # radians per unit of t of the fastest sine of the timestep
 
     def __post_init__(self):
         for field in fields(self):
@@ -351,7 +350,7 @@ class DiT(nn.Module):
         rope = rope_cos_sin(positions, config.head_dim)  # 2 x (N, d / 2)
         pos_embed = position_embedding(positions, config.head_dim).repeat(1, config.heads)  # (N, D)
         x = self.patch_embed(x) + pos_embed.to(dtype)  # (B, N, D)
-        c = sincos(config.time_scale * t, TIME_DIM, 10 * config.time_scale)  # (B, TIME_DIM)
+        c = sincos(TIME_SCALE * t, TIME_DIM, max_period=10_000)  # (B, TIME_DIM)
         c = F.silu(self.time_embed(c.to(dtype)))  # (B, D)
         text = layer_norm(self.text_embed(layer_norm(text.to(dtype))))  # (B, L, D)
         if llm is not None:

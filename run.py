@@ -27,7 +27,7 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,6 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run any cod
 LOG_EVERY = 10  # steps per line of metrics.jsonl, and per synchronization with the device
 DEFAULTS = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": 8, "new": []}
 METADATA = ("config", *DEFAULTS, "llm", "llm_features")  # entries of a header; others are ignored
-OLD_TIME_SCALE = 1000  # of models whose config does not name one
 
 # --------------------------------------------------------------------------------------------------------
 # Files
@@ -121,11 +120,6 @@ def read_config(entries: dict) -> DiTConfig:
     entries = dict(entries)
     if entries.pop("llm_refiner", 0):
         raise ValueError("it has a refiner, which this version cannot run: commit c2dc483 can")
-    entries.setdefault("time_scale", OLD_TIME_SCALE)
-    known = {field.name for field in fields(DiTConfig)}
-    for name in entries:
-        if name not in known:
-            raise ValueError(f"its config has an unknown field {name[:80]!r}")
     return DiTConfig(**entries)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import dit
 from attention import BACKENDS
@@ -72,24 +71,6 @@ def test_rotation_is_a_product_of_complex_numbers():
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat([turned.real, turned.imag], -1)
     assert torch.allclose(dit.rotate(x, angle.cos(), angle.sin()), expected, atol=1e-12)
-
-
-def timestep_similarity(scale: float, distance: float):
-    """The mean cosine of the embeddings of timesteps that are `distance` apart."""
-    t = torch.linspace(0, 0.6, 101)
-    near, far = (dit.sincos(scale * times, dit.TIME_DIM, 10 * scale) for times in (t, t + distance))
-    return F.cosine_similarity(near, far, dim=-1).mean()
-
-
-def test_the_embedding_of_the_timestep_is_smooth():
-    """Timesteps that are 0.1 apart, the spread of training, look alike; those that are 0.4 apart do not. At
-    1000 radians per unit of t even those that are 0.02 apart look strange."""
-    scale = SMALL.time_scale
-    assert timestep_similarity(scale, 0.02) > 0.98
-    assert timestep_similarity(scale, 0.1) > 0.8
-    assert timestep_similarity(scale, 0.4) < 0.6
-    assert timestep_similarity(1000, 0.02) < 0.65
-    assert timestep_similarity(1000, 0.1) < 0.6
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -163,7 +144,7 @@ def network_by_hand(model, x, t, text, llm):
     tokens, _ = dit.patchify(x[None], config)
     absolute = dit.position_embedding(places, config.head_dim)  # the same for each head
     h = model.patch_embed(tokens[0]) + torch.cat([absolute] * config.heads, -1)
-    angles = t * config.time_scale * (10 * config.time_scale) ** (-torch.arange(64) / 64)
+    angles = 1000 * t * 10_000 ** (-torch.arange(64) / 64)
     embedded = model.time_embed(torch.cat([angles.cos(), angles.sin()]).double())
     c = embedded / (1 + torch.exp(-embedded))  # SiLU
     text = normed(model.text_embed(normed(text)))
@@ -297,7 +278,6 @@ def test_what_is_zero_at_the_start():
         ({"frames": True}, "frames is True"),
         ({"width": 24.0}, "width is 24.0"),
         ({"llm_dim": -1}, "llm_dim is -1"),
-        ({"time_scale": 0}, "time_scale is 0"),
         ({"size": 65536}, "more pixels than a clip may have"),
     ],
 )

@@ -126,18 +126,13 @@ def test_other_files_are_refused(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
-def old_config(**changes):
-    """A config as versions before `time_scale` wrote it."""
-    config = asdict(SMALL)
-    config.pop("time_scale")
-    return {**config, **changes}
-
-
 def test_an_older_model_loads(tmp_path):
-    """Its config has a refiner of no blocks and no time_scale; its header has entries of other tools."""
-    write_header(tmp_path, old_config(llm_refiner=0), history=[], format="pt", code="print()", sha=[1])
+    """Its config has a refiner of no blocks; its header has entries of other tools."""
+    write_header(
+        tmp_path, {**asdict(SMALL), "llm_refiner": 0}, history=[], format="pt", code="print()", sha=[1]
+    )
     model, metadata = load_model(tmp_path)
-    assert model.config == replace(SMALL, time_scale=1000)
+    assert model.config == SMALL
     assert metadata == DEFAULTS
 
 
@@ -148,7 +143,7 @@ def test_the_format_entry_need_not_be_json(tmp_path):
 
 
 def test_a_refiner_is_refused(tmp_path):
-    write_header(tmp_path, old_config(llm_refiner=2, llm_dim=8))
+    write_header(tmp_path, {**asdict(SMALL), "llm_refiner": 2, "llm_dim": 8})
     with pytest.raises(ValueError, match=r"it has a refiner, which this version .*: commit \w+ can") as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
@@ -168,8 +163,7 @@ HEADERS = [
     ({"depth": 10**9}, {}, "depth is 1000000000"),
     ({"width": -4}, {}, "width is -4"),
     ({"heads": 2.5}, {}, "heads is 2.5"),
-    ({"time_scale": "1000"}, {}, "time_scale is '1000'"),
-    ({"colour": 1}, {}, "unknown field 'colour'"),
+    ({"colour": 1}, {}, "colour"),
     ({"frames": 65536, "size": 65536}, {}, "more pixels than a clip may have"),
     ({}, {"history": 5}, "TypeError"),
     ({}, {"history": [{"grow": "depth"}]}, "KeyError 'changed'"),
