@@ -88,8 +88,7 @@ def attention(q, k, v, mask=None, backend="auto"):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The kernels. One program makes one tile, of TQ queries or of TK keys, of one head. In the arguments q is a
-# pointer, and qb, qh and qn are the distances to the next batch element, head and row.
+# The launch table: how large tiles are, by GPU, pass and head size.
 
 SMALL = {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)}  # fits any GPU and type; not fast
 LAUNCHES = {  # head size: queries and keys in a tile, warps (of 32 threads), stages (loads on their way)
@@ -104,13 +103,21 @@ LAUNCHES = {  # head size: queries and keys in a tile, warps (of 32 threads), st
 }
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for one GPU
 def generation(device) -> str:
     """The rows of LAUNCHES for types of 16 bits on this device."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
     if major in (9, 10):
         return "sm_90"
     return "sm_80" if major >= 8 else "older"
+
+
+# As torch.compiler.assume_constant_result would mark it; that import takes a second.
+generation._dynamo_marked_constant = True
+
+
+# --------------------------------------------------------------------------------------------------------
+# The kernels. One program makes one tile, of TQ queries or of TK keys, of one head. In the arguments q is a
+# pointer, and qb, qh and qn are the distances to the next batch element, head and row.
 
 
 def launch(part, kernel, q, k, v, mask, *given):

@@ -19,7 +19,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -109,12 +108,14 @@ def average_gradients(network, now: bool):
 
 def whole(tensor):
     """All of a tensor of which each process may have a slice; all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def slice_like(tensor, parameter):
     """The part of a whole `tensor` that belongs to this process's slice of `parameter`, on its device."""
     tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and tensor.ndim:
+    if hasattr(parameter, "placements") and tensor.ndim:
+        from torch.distributed.tensor import distribute_tensor  # its import takes a second
+
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
