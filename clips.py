@@ -49,7 +49,7 @@ from machine import cache_dir, decode_text
 from video import FPS, is_marked, save_grid
 
 RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
-CLIPS_VERSION = 1  # of decoded pixels: add one when decode.py makes other pixels of the same file
+CLIPS_VERSION = 2  # of decoded pixels: add one when decode.py makes other pixels of the same file
 MAX_BAD = 0.1  # share of files and lines that may be bad
 MAX_LINE = 1 << 20  # bytes of a line of metadata
 MAX_CAPTION = 2000  # characters

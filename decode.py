@@ -70,7 +70,7 @@ def read_video(path: Path):
         rate = float(stream.average_rate or 0)
         usual_length = 1 / rate if 0 < rate <= 240 else 1 / 25
         first, end = None, 0.0
-        for frame in container.decode(stream):
+        for frame in decode_frames(container, stream):
             begin = end if frame.time is None else frame.time
             first = begin if first is None else first
             length = usual_length
@@ -78,6 +78,22 @@ def read_video(path: Path):
                 length = float(frame.duration * frame.time_base)
             end = begin + length
             yield begin - first, end - first, frame
+
+
+def decode_frames(container, stream):
+    """The frames of a stream. FFmpeg's own decoders of VP8 and VP9 leave transparency out, so that the color
+    below it would be seen; those of libvpx do not."""
+    decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if decoder is None or stream.metadata.get("ALPHA_MODE", stream.metadata.get("alpha_mode")) != "1":
+        yield from container.decode(stream)
+        return
+    import av
+
+    context = av.CodecContext.create(decoder, "r")
+    context.extradata = stream.codec_context.extradata
+    context.thread_count, context.options = 1, stream.codec_context.options
+    for packet in container.demux(stream):
+        yield from context.decode(packet)
 
 
 def read_pictures(path: Path, fps: float):

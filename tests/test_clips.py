@@ -136,7 +136,7 @@ def test_the_version_names_the_pixels(tmp_path):
         ("clip.gif", 20, 30),
     ):
         digest.update(decode.decode(tmp_path / name, 8, size, fps)[0].tobytes())
-    assert (clips.CLIPS_VERSION, digest.hexdigest()[:16]) == (1, "d4ea9b9b464d290b")
+    assert (clips.CLIPS_VERSION, digest.hexdigest()[:16]) == (2, "d4ea9b9b464d290b")
 
 
 @given(
@@ -190,6 +190,27 @@ def test_gray_and_transparent_pictures(tmp_path):
     assert np.ptp(gray, -1).max() == 0 and gray.std() > 1 and not notes
     white, notes = read_first(tmp_path / "clear")
     assert (white == 255).all() and notes == ["what is transparent is shown white"]
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_a_transparent_webm_is_white(tmp_path, codec):
+    """The left half is red and the right half is transparent, above black."""
+    with av.open(str(tmp_path / "clip.webm"), "w") as container:
+        stream = container.add_stream(codec, rate=8, options={"auto-alt-ref": "0"})
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.metadata["alpha_mode"] = "yuva420p", "1"
+        pixels = np.zeros((32, 32, 4), np.uint8)
+        pixels[:, :16] = 200, 30, 30, 255
+        for i in range(16):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format="yuva420p")
+            frame.pts, frame.time_base = i, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, notes = read_first(tmp_path / "clip.webm")
+    assert notes == ["what is transparent is shown white"]
+    assert frames[:, :, 20:].min() > 250
+    assert np.abs(frames[:, :, :12] - (200, 30, 30)).max() < 12
+    assert len(decode.decode(tmp_path / "clip.webm", 8, 32, 8)[0]) == 2
 
 
 def test_short_and_long_videos(tmp_path):
