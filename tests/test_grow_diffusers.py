@@ -4,12 +4,18 @@ Every parameter of the tiny models is random, also those that diffusers initiali
 branch and each gate acts.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+import grow as grow_module
+import grow_diffusers
 from conftest import randomize
-from grow_diffusers import REFUSED, RULES, grow
+from grow_diffusers import REFUSED, RULES, grow, is_diffusers, tree_of
 from proof_diffusers import INPUTS, largest_difference, load, random_inputs
 
 diffusers = pytest.importorskip("diffusers")
@@ -279,3 +285,367 @@ def test_half_precision_stays(folders, tmp_path):
     grow(folders("ltx", torch.float16), tmp_path / "grown", 2)
     assert largest_difference(folders("ltx", torch.float16), tmp_path / "grown")[0] == 0
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "grown").values()} == {torch.float16}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder with a tiny Wan model in several shards."""
+    tiny("wan").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+def test_shards_give_the_same_tensors(sharded, folders, tmp_path):
+    """Sharded and unsharded inputs give the same tensors; each output has the form of its input."""
+    grow(folders("wan"), tmp_path / "one", 2)
+    grow(sharded, tmp_path / "many", 2)
+    one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    assert [file.name for file in (tmp_path / "one").glob("*.safetensors*")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    index = json.loads((tmp_path / "many/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == many.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in many.values())
+    largest = max(file.stat().st_size for file in sharded.glob("*.safetensors"))
+    files = list((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 1 and max(file.stat().st_size for file in files) < 1.2 * largest
+    assert largest_difference(folders("wan"), tmp_path / "many")[0] == 0
+
+
+def test_a_model_grows_twice(folders, tmp_path):
+    """A grown model grows again, its history is a tree, and both survive diffusers."""
+    grow(folders("flux"), tmp_path / "once", [1, 2], "insert")
+    summary = grow(tmp_path / "once", tmp_path / "twice", at=[0, 4, 4])
+    assert summary.changed == {"num_layers": [3, 4], "num_single_layers": [5, 7]}
+    assert summary.new == [
+        "transformer_blocks.1",
+        "single_transformer_blocks.2",
+        "single_transformer_blocks.3",
+    ]
+    load(tmp_path / "twice").save_pretrained(tmp_path / "saved")
+    assert largest_difference(folders("flux"), tmp_path / "saved")[0] == 0
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["num_single_layers"] == 7
+    lines = tree_of(config).splitlines()
+    assert len(lines) == 2 and "num_layers 2 -> 3" in lines[0] and "where at" in lines[1]
+
+
+def test_other_files_are_copied(folders, tmp_path):
+    """All but weights and pickles; a pipeline keeps its other parts."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(folders("wan"), pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    (pipeline / "transformer/README.md").write_text("read me")
+    (pipeline / "transformer/diffusion_pytorch_model.bin").write_text("a pickle")
+    (pipeline / "vae").mkdir()
+    (pipeline / "vae/diffusion_pytorch_model.safetensors").write_text("the weights of another model")
+    assert is_diffusers(pipeline) and not is_diffusers(pipeline / "vae") and not is_diffusers(tmp_path)
+    summary = grow(pipeline, tmp_path / "out", 1)
+    assert summary.folder == tmp_path / "out/transformer"
+    files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert files == [
+        "model_index.json",
+        "transformer/README.md",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert largest_difference(folders("wan"), summary.folder)[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------
+# Errors, each in one line, and nothing is left behind
+
+
+def edit(entries, changes):
+    """Change entries of a dictionary in place; None removes one."""
+    for name, value in changes.items():
+        entries.pop(name, None)
+        if value is not None:
+            entries[name] = value
+
+
+def damage(folder, what, changes):
+    """Break a sharded checkpoint."""
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if what == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif what == "absent":
+        shard.unlink()
+    elif what == "text":
+        (folder / "config.json").write_text(changes)
+    elif what == "index":
+        entries = json.loads(index.read_text())
+        weight_map = entries["weight_map"]
+        edit(weight_map, changes)
+        if "blocks.9.x" in weight_map:
+            weight_map["blocks.9.x"] = shard.name
+        index.write_text(json.dumps(entries))
+    elif what == "config":
+        entries = json.loads((folder / "config.json").read_text())
+        edit(entries, changes)
+        (folder / "config.json").write_text(json.dumps(entries))
+
+
+DAMAGES = [
+    ("cut", None, "cut off"),
+    ("absent", None, "is absent"),
+    ("text", "{", "is not JSON"),
+    ("text", "[]", "JSON object"),
+    ("index", {"blocks.1.ffn.net.2.bias": None}, "has no entry for blocks.1.ffn.net.2.bias"),
+    ("index", {"blocks.0.x": "../x"}, "another folder"),
+    ("index", {"blocks.9.x": "a shard"}, "has no tensor blocks.9.x"),
+    ("config", {"num_layers": 4}, "num_layers is 4, but the files hold 3 blocks"),
+    ("config", {"num_layers": None}, "must have a number num_layers"),
+    ("config", {"_class_name": "NewTransformer"}, "no rule for NewTransformer"),
+    ("config", {"_class_name": "WanVACETransformer3DModel"}, "cannot be grown: .* vace_layers"),
+    ("config", {"_class_name": "LatteTransformer3DModel"}, "hold 0 transformer_blocks"),
+    ("config", {"_class_name": None}, "has no _class_name"),
+    ("config", {"quantization_config": {}}, "quantized"),
+    ("config", {"_modelgrow": [{"grow": "depth"}]}, "not a history"),
+]
+
+
+@pytest.mark.parametrize(("what", "changes", "message"), DAMAGES)
+def test_a_damaged_folder_is_refused(what, changes, message, sharded, tmp_path):
+    """One line, and no output."""
+    damage(sharded, what, changes)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        grow(sharded, tmp_path / "out", 1)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["sharded"]
+
+
+TENSORS = [
+    ({"blocks.0.camera.weight": 1, "blocks.1.camera.weight": 1, "blocks.2.camera.weight": 1}, "not know"),
+    ({"blocks.1.attn1.norm_z.weight": 1}, "blocks differ: 1 and 0"),
+    ({f"blocks.{i}.attn2.to_out.0.weight": None for i in range(3)}, "no attn2.to_out.0.weight"),
+    ({"blocks.3.ffn.net.2.bias": 1}, "the files hold 4 blocks"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), TENSORS)
+def test_blocks_that_the_rule_does_not_know_are_refused(changes, message, folders, tmp_path):
+    """A branch that would stay open in a copy is not grown by a guess."""
+    shutil.copytree(folders("wan"), tmp_path / "base")
+    file = tmp_path / "base/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors, {name: value and torch.ones(3) for name, value in changes.items()})
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        grow(tmp_path / "base", tmp_path / "out", 1)
+
+
+REQUESTS = [
+    ("wan", {"add": 1, "zero": "both"}, "never gets a gradient"),
+    ("flux", {"add": 1, "zero": "both"}, "never gets a gradient"),
+    ("wan", {"add": 1, "zero": "gate"}, "cannot be grown with zero 'gate'; it can with proj"),
+    ("easyanimate", {"add": 1, "zero": "proj"}, "it can with gate"),
+    ("latte", {"add": 1, "where": "prefix"}, "prefix"),
+    ("wan", {"add": 1, "where": "middle"}, "no stacking"),
+    ("wan", {"add": 0}, "nothing to add"),
+    ("wan", {"add": -1}, "cannot add"),
+    ("wan", {"add": [1, 2]}, "2 numbers of blocks for 1 list"),
+    ("wan", {"at": [3]}, "there is no block 3; there are 3"),
+    ("wan", {"at": [0], "add": 1}, "not both"),
+    ("wan", {}, "how many"),
+]
+
+
+@pytest.mark.parametrize(("family", "request_", "message"), REQUESTS)
+def test_a_growth_that_is_not_possible_is_refused(family, request_, message, folders, tmp_path):
+    """The reason is given, and no output."""
+    with pytest.raises(ValueError, match=message):
+        grow(folders(family), tmp_path / "out", **request_)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configs_that_cannot_grow_exactly_are_refused():
+    """Some classes can be grown with some configs only."""
+    cosmos = {"extra_pos_embed_type": "learnable"}
+    for name, config in (
+        ("CosmosTransformer3DModel", cosmos),
+        ("CosmosTransformer3DModel", {"controlnet_block_every_n": 2}),
+        ("EasyAnimateTransformer3DModel", {"num_layers": 3, "mmdit_layers": 2}),
+        *((name, {}) for name in REFUSED),
+    ):
+        with pytest.raises(ValueError, match=f"{name} .*cannot be grown"):
+            grow_diffusers.block_lists(name, config)
+
+
+def test_a_copy_cannot_be_dead(folders, tmp_path):
+    """A copy of a copy that was never trained would have zero gates and zero projections."""
+    grow(folders("hunyuan"), tmp_path / "proj", [1, 1], "suffix", "proj")
+    with pytest.raises(ValueError, match=r"transformer_blocks\.2\.attn\.to_out\.0 are zero already"):
+        grow(tmp_path / "proj", tmp_path / "out", [1, 1], "suffix", "gate")
+    grow(tmp_path / "proj", tmp_path / "other", [1, 1], "prefix", "gate")
+    with pytest.raises(ValueError, match=r"gates of transformer_blocks\.0\.norm1\.linear are zero already"):
+        grow(tmp_path / "other", tmp_path / "out", at=[0], zero="proj")
+    grow(tmp_path / "other", tmp_path / "third", at=[0], zero="gate")
+    assert largest_difference(folders("hunyuan"), tmp_path / "third")[0] == 0
+
+
+def full_disk(*_):
+    """save_file on a full disk."""
+    raise SafetensorError("No space left on device (os error 28)")
+
+
+def test_nothing_half_written(folders, tmp_path, monkeypatch):
+    """An existing folder stays as it is; a disk that is full, or fills up, leaves nothing."""
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="there already"):
+        grow(folders("wan"), tmp_path / "there", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(grow_diffusers, "save_file", full_disk)
+        with pytest.raises(OSError, match="out could not be written: No space left"):
+            grow(folders("wan"), tmp_path / "out", 1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"the disk has 0\.0 GB left"):
+        grow(folders("wan"), tmp_path / "out", 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(model, steps):
+    """Adam on four random batches, the same ones for every model -> the losses."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        output = model(**random_inputs(model, seed=step % 4), return_dict=False)[0]
+        target = torch.randn(output.shape, generator=torch.Generator().manual_seed(step % 4))
+        loss = (output - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def has_gradient(parameter):
+    """Whether any entry has one."""
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+LEARNERS = [(family, "proj") for family in ("wan", "ltx", "sana", "latte", "cogvideox", "hunyuan", "flux")]
+LEARNERS += [(family, "gate") for family in ("cogvideox", "hunyuan", "flux", "kandinsky")]
+
+
+@pytest.mark.parametrize(("family", "zero"), LEARNERS)
+def test_every_new_parameter_learns_by_the_second_step(family, zero, folders, tmp_path):
+    """Wherever a block of the base has a gradient, its copy has one in the second step."""
+    add = [1, 1] if family in ("hunyuan", "flux") else 1
+    summary = grow(folders(family), tmp_path / "grown", add, zero=zero)
+    grown = load(tmp_path / "grown")
+    train(grown, 2)
+    parameters = dict(grown.named_parameters())
+    checked = 0
+    for block in summary.new:
+        lists, _, number = block.partition(".")
+        for name, parameter in grown.get_submodule(block).named_parameters():
+            if has_gradient(parameters[f"{lists}.{int(number) - 1}.{name}"]):
+                assert has_gradient(parameter), f"{block}.{name}"
+                checked += 1
+    assert checked >= 8 * len(summary.new)
+
+
+@pytest.mark.parametrize("family", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
+def test_training_uses_the_new_blocks(family, folders, tmp_path):
+    """After fifty steps the grown model has a lower loss than the base after the same steps."""
+    grow(folders(family), tmp_path / "grown", 4)
+    base = train(load(folders(family)), 50)
+    grown = train(load(tmp_path / "grown"), 50)
+    assert grown[0] == base[0]
+    assert sum(grown[-4:]) < sum(base[-4:])
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command(folders, tmp_path, capsys):
+    """It grows, checks, prints lines of Python that work, and prints the history."""
+    base, out = str(folders("hunyuan")), str(tmp_path / "out")
+    grow_module.main(f"{base} --depth suffix --add 1,2 --out {out} --check".split())
+    printed = capsys.readouterr().out
+    assert "num_layers: 2 -> 3 blocks" in printed and "num_single_layers: 3 -> 5 blocks" in printed
+    assert "new blocks: transformer_blocks.2 single_transformer_blocks.3" in printed
+    assert "the same bits" in printed and "peak memory" in printed
+    code = printed[printed.index("import torch") :]
+    assert len(code.splitlines()) == 4
+    namespace = {}
+    exec(code, namespace)
+    count = sum(p.numel() for p in namespace["new"])
+    assert count == sum(p.numel() for p in namespace["model"].parameters()) - sum(
+        p.numel() for p in load(base).parameters()
+    )
+    grow_module.main([out])
+    assert "num_single_layers 3 -> 5" in capsys.readouterr().out
+    grow_module.main([base])
+    assert capsys.readouterr().out == "HunyuanVideoTransformer3DModel, never grown\n"
+
+
+OPTIONS = [
+    ("--depth insert --add 1", "with --out"),
+    ("--depth insert --out out", "with --add"),
+    ("--add 1 --out out", "--add is for a growth"),
+    ("--at 1 --depth insert --add 1 --out out", "give one of them"),
+    ("--check", "--check is for a growth"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), OPTIONS)
+def test_options_that_need_another_are_refused(line, message, folders):
+    """One line says which."""
+    with pytest.raises(ValueError, match=message):
+        grow_module.main([str(folders("wan")), *line.split()])
+
+
+def test_a_check_finds_another_function(folders, tmp_path, monkeypatch):
+    """--check refuses a model whose copies act."""
+    rule = RULES["WanTransformer3DModel"][0]
+    monkeypatch.setitem(RULES, "WanTransformer3DModel", (rule._replace(proj=rule.proj[:2]),))
+    with pytest.raises(ValueError, match="computes something else"):
+        grow_module.main(f"{folders('wan')} --at 1 --out {tmp_path / 'out'} --check".split())
+
+
+def tiny_pipeline(folder):
+    """A random Wan pipeline, without a text encoder: prompts are features."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts = {"transformer": tiny("wan"), "vae": randomize(vae), "scheduler": scheduler}
+    pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, **parts)
+    pipeline.save_pretrained(folder)
+
+
+def video_of(folder):
+    """Two steps of sampling."""
+    pipeline = diffusers.WanPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    for parameter in pipeline.transformer.parameters():
+        parameter.data = parameter.data.clone()  # as in proof_diffusers.load
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(2, 1, 5, 8, generator=generator)
+    return pipeline(
+        prompt_embeds=prompts[0], negative_prompt_embeds=prompts[1], height=16, width=16, num_frames=5,
+        num_inference_steps=2, max_sequence_length=5, generator=generator, output_type="pt"
+    ).frames  # fmt: skip
+
+
+def test_a_grown_pipeline_makes_the_same_video(tmp_path):
+    """Bit for bit."""
+    tiny_pipeline(tmp_path / "pipeline")
+    grow(tmp_path / "pipeline", tmp_path / "grown", 3)
+    base, grown = video_of(tmp_path / "pipeline"), video_of(tmp_path / "grown")
+    assert torch.equal(base, grown) and base.std() > 0.01
