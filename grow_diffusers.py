@@ -16,16 +16,31 @@ It reads lazily and writes shard by shard, so the memory is about one shard. Eve
 
 **What is special by index** breaks this, and each class has its own traps. `RULES` has the classes that were
 read and tested: each difference in tests/test_grow_diffusers.py is exactly 0, in float32 and bfloat16, with
-every parameter random. `REFUSED` has classes that cannot be grown, with the reason. All others are refused
-too, and so is a block with a branch that its rule does not know: nothing is guessed. Three traps:
+every parameter random. `REFUSED` has the other video transformers of diffusers 0.42, with the reason. All
+others are refused too, and so is a block with a branch that its rule does not know: nothing is guessed.
+
+    class                              insert  prefix  suffix  zero
+    Wan, SkyReelsV2, ChronoEdit        yes     yes     yes     proj
+    AnyFlow, Helios, LTXVideo, Allegro yes     yes     yes     proj
+    Cosmos (2 and 2.5), SanaVideo      yes     yes     yes     proj
+    Latte                              yes     no      yes     proj
+    CogVideoX, Kandinsky5, FLUX        yes     yes     yes     proj or gate
+    HunyuanVideo, its Framepack, 1.5   yes     yes     yes     proj or gate
+    EasyAnimate                        yes     yes     yes     gate
+
+Traps:
 
 - Wan, LTX, SanaVideo, Latte: the gate is a table plus the shared time embedding. A zero table does not close
   it, and the cross-attention has no gate. Only the projections can be zero.
 - Latte adds its temporal positions inside the loop, at block 0. A copy before it would take them (no prefix).
 - Cosmos 1.0 adds learnable positions again in every block, so that a copy adds them once more.
+- EasyAnimate may have a norm with a bias behind its projections. Only the gates can be zero.
+- SanaVideo gives its first block a transposed view, and a copy before it makes that contiguous. On a CPU in
+  bfloat16, a layer rounds differently on the two: prefix is the same up to rounding there.
 
 How it differs from other tools: mergekit moves layers of language models and does not preserve the function.
-Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; images, audio.
+Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; control nets and LoRA
+adapters, which name blocks of the base.
 """
 
 import argparse
@@ -105,6 +120,8 @@ RULES = {
     "WanTransformer3DModel": (WAN,),
     "SkyReelsV2Transformer3DModel": (WAN,),
     "ChronoEditTransformer3DModel": (WAN,),
+    "AnyFlowTransformer3DModel": (WAN,),
+    "HeliosTransformer3DModel": (WAN,),
     "LTXVideoTransformer3DModel": (TABLE,),
     "AllegroTransformer3DModel": (TABLE,),
     "CosmosTransformer3DModel": (TABLE,),
@@ -128,20 +145,28 @@ CONDITIONS = {
 }
 
 INDEXED = "a block takes something by its index: "
+UNTESTED = "no rule for it was tested: "
 REFUSED = {
     "WanVACETransformer3DModel": INDEXED + "vace_layers",
     "WanAnimateTransformer3DModel": INDEXED + "a face adapter for every fifth block",
-    "WanAnimate2Transformer3DModel": INDEXED + "a cache of keys and values",
-    "AnyFlowFARTransformer3DModel": INDEXED + "a cache of keys and values",
-    "LTX2VideoTransformer3DModel": INDEXED + "stg_blocks, which pipelines name",
+    "LTX2VideoTransformer3DModel": INDEXED + "its guidance skips blocks (stg_blocks)",
     "ConsisIDTransformer3DModel": INDEXED + "a face cross-attention for every second block",
     "MochiTransformer3DModel": INDEXED + "the last block has no text branch",
     "SD3Transformer2DModel": INDEXED + "the last block has no text branch",
     "SanaWMTransformer3DModel": INDEXED + "softmax attention in every n-th block",
-    "SanaWMLTX2RefinerTransformer3DModel": INDEXED + "a cache of keys and values",
-    "MotifVideoTransformer3DModel": INDEXED + "the split into encoder and decoder blocks",
+    "MotifVideoTransformer3DModel": INDEXED + "the text of the encoder or of the decoder part",
     "ChromaTransformer2DModel": INDEXED + "its modulation, from one network for all blocks",
     "HunyuanDiT2DModel": INDEXED + "skip connections from the first half to the second",
+    "AnyFlowFARTransformer3DModel": UNTESTED + "it keeps a cache for each block",
+    "WanAnimate2Transformer3DModel": UNTESTED + "it keeps a cache for each block",
+    "SanaWMLTX2RefinerTransformer3DModel": UNTESTED + "it keeps a cache for each block",
+    "Cosmos3OmniTransformer": UNTESTED + "it is a language model with two paths",
+    "Kandinsky6Transformer3DModel": UNTESTED + "its blocks join video and audio",
+    "Kandinsky6SRTransformer3DModel": UNTESTED + "it enlarges videos",
+    "MiniMaxH3Transformer3DModel": UNTESTED + "its blocks join video and audio",
+    "JoyImageEditTransformer3DModel": UNTESTED + "it edits images",
+    "JoyImageEditPlusTransformer3DModel": UNTESTED + "it edits images",
+    "TransformerTemporalModel": UNTESTED + "it is a part of a UNet",
 }
 
 

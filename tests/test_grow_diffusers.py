@@ -4,6 +4,7 @@ Every parameter of the tiny models is random, also those that diffusers initiali
 branch and each gate acts.
 """
 
+import importlib
 import json
 import shutil
 
@@ -31,6 +32,7 @@ WAN = {
     "num_layers": 3,
 }
 IMAGE = {"image_dim": 6, "added_kv_proj_dim": 24, "pos_embed_seq_len": 4}
+HELIOS = {**WAN, "rope_dim": (4, 4, 4)}
 HUNYUAN = {
     "in_channels": 4,
     "out_channels": 4,
@@ -164,6 +166,8 @@ CONFIGS = {
     "wan-i2v": ("WanTransformer3DModel", {**WAN, **IMAGE}),
     "skyreels": ("SkyReelsV2Transformer3DModel", WAN),
     "chronoedit": ("ChronoEditTransformer3DModel", {**WAN, **IMAGE}),
+    "anyflow": ("AnyFlowTransformer3DModel", WAN),
+    "helios": ("HeliosTransformer3DModel", HELIOS),
     "ltx": ("LTXVideoTransformer3DModel", {**LTX, "caption_channels": 8}),
     "allegro": ("AllegroTransformer3DModel", ALLEGRO),
     "cosmos": ("CosmosTransformer3DModel", COSMOS),
@@ -206,8 +210,12 @@ def test_gate_and_proj_rules_cover_every_class():
     """Each class with a rule has a tiny model and inputs; no class is both grown and refused."""
     assert {name for name, _ in CONFIGS.values()} == RULES.keys() == INPUTS.keys()
     assert not RULES.keys() & REFUSED.keys()
+    classes = importlib.import_module("diffusers.models.transformers")
     for name in RULES.keys() | REFUSED.keys():
-        assert hasattr(diffusers, name)
+        assert hasattr(classes, name)
+    for name in dir(classes):  # every video class is named, yes or no
+        if "3D" in name or "Video" in name:
+            assert name in RULES or name in REFUSED
 
 
 def output_of(model):
