@@ -512,6 +512,7 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
         patch.setattr(grow_diffusers, "save_file", full_disk)
         with pytest.raises(OSError, match="out could not be written: No space left"):
             grow(folders("wan"), tmp_path / "out", 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"the disk has 0\.0 GB left"):
