@@ -365,20 +365,31 @@ class Cache:
 
     def fill(self, names: list[str]) -> dict[str, str]:
         """Decode those of `names` that are missing or have changed -> {file: why it could not be decoded}.
-        While another process fills the cache, this one waits."""
-        with (
-            filelock.FileLock(self.path / "lock"),
-            (self.path / "clips.bin").open("ab") as pixels,
-            (self.path / "manifest.jsonl").open("ab") as manifest,
-        ):
-            manifest.truncate(self.read_manifest(pixels.tell() // self.clip_bytes))
-            pixels.truncate(self.clips * self.clip_bytes)
-            stamps, new = {}, []
-            for name in names:
-                stamps[name] = stamp(self.root / name)
-                if name not in self.entries or self.entries[name]["stamp"] != stamps[name]:
-                    new.append(name)
-            return self.decode(new, stamps, pixels, manifest) if new else {}
+        While another process fills the cache, this one waits. A cache that belongs to another user, and may
+        only be read, is of use if nothing is missing. Raises OSError."""
+        stamps = {name: stamp(self.root / name) for name in names}
+        pixels_file, manifest_file = self.path / "clips.bin", self.path / "manifest.jsonl"
+        try:
+            with (
+                filelock.FileLock(self.path / "lock"),
+                pixels_file.open("ab") as pixels,
+                manifest_file.open("ab") as manifest,
+            ):
+                manifest.truncate(self.read_manifest(pixels.tell() // self.clip_bytes))
+                pixels.truncate(self.clips * self.clip_bytes)
+                new = self.missing(stamps)
+                return self.decode(new, stamps, pixels, manifest) if new else {}
+        except PermissionError:
+            if not (pixels_file.is_file() and manifest_file.is_file()):
+                raise
+            self.read_manifest(pixels_file.stat().st_size // self.clip_bytes)
+            if self.missing(stamps):
+                raise
+            return {}
+
+    def missing(self, stamps: dict[str, list]) -> list[str]:
+        """The files that have not been decoded as they are now."""
+        return [name for name in stamps if self.entries.get(name, {}).get("stamp") != stamps[name]]
 
     def read_manifest(self, room: int) -> int:
         """Read the manifest up to a line that was cut off, or that describes more than `room` clips -> the

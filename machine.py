@@ -26,6 +26,7 @@ import codecs
 import contextlib
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -156,9 +157,26 @@ class GraphedStep:
 
 def cache_dir() -> Path:
     """The folder for what is expensive to compute (features, decoded clips): MODELGROW_CACHE, or
-    ~/.cache/modelgrow. It is made if need be."""
-    path = Path(os.environ.get("MODELGROW_CACHE") or Path.home() / ".cache" / "modelgrow")
+    ~/.cache/modelgrow, or for a user without a home, as in some containers, a folder of temporary files. It
+    is made if need be. Raises OSError if it belongs to somebody else."""
+    if os.environ.get("MODELGROW_CACHE"):
+        path = Path(os.environ["MODELGROW_CACHE"])
+    else:
+        try:
+            path = Path.home() / ".cache" / "modelgrow"
+        except RuntimeError:  # no HOME, and the user is not in the list of users
+            return homeless_cache_dir()
     path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def homeless_cache_dir() -> Path:
+    """The cache of a user without a home. torch.compile gets one too: it would ask for the user's name."""
+    path = Path(tempfile.gettempdir(), f"modelgrow-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise OSError(f"{path} belongs to somebody else: set MODELGROW_CACHE")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path / "inductor"))
     return path
 
 

@@ -344,6 +344,7 @@ class Run:
         self.pause_seconds = 0.0  # what the last validation took
 
     def __enter__(self):
+        self.is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         existing = [name for name in ("checkpoint", "checkpoint.old") if (self.folder / name).exists()]
         if existing and not self.resume:
@@ -359,7 +360,13 @@ class Run:
 
     def __exit__(self, *_):
         self.restore_signals()
+        if self.writer and self.is_new and self.is_empty():
+            shutil.rmtree(self.folder, ignore_errors=True)  # a start that failed: others may take the name
         self.lock.release()
+
+    def is_empty(self) -> bool:
+        """Whether the folder holds nothing, or only the lock."""
+        return all(path.name == "lock" for path in self.folder.iterdir())
 
     def stop(self, number, frame):
         """The signal handler: stop after this step. A second signal acts as usual."""

@@ -16,6 +16,7 @@ import time
 START = time.perf_counter()  # the clock includes the imports, which take seconds
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,11 @@ def parse_arguments(argv=None):
     for name in ("num", "steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance is {args.guidance}; it must be a number from 0 on")
+    begin, end = args.interval
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"--interval is {begin:g} {end:g}; it must be two timesteps from 0 to 1, in order")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError('give one prompt, as in `python sample.py "a cat surfing"`, or --prompts FILE')
     return args

