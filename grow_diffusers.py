@@ -644,10 +644,13 @@ def parse_arguments(argv) -> argparse.Namespace:
     option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
     option("--out", help="folder for the grown model; it must not exist")
     option("--check", action="store_true", help="load both with diffusers and compare their outputs")
+    option("--importance", action="store_true", help="only print how much each block changes its tokens")
     args = parser.parse_args(argv)
     if args.depth and args.at:
         raise ValueError("--depth says where blocks go, and so does --at: give one of them")
     asked = args.depth or args.at
+    if asked and args.importance:
+        raise ValueError("--importance does not grow: look at it first, then grow")
     for name in ("add", "zero", "out", "check"):
         if getattr(args, name) and not asked:
             raise ValueError(f"--{name} is for a growth: give --depth or --at too")
@@ -699,11 +702,21 @@ def check_lines(base: Path, grown: Path) -> list[str]:
     return [f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"]
 
 
+def importance_lines(path: str) -> list[str]:
+    """1 - cos(input, output) of each block, with its number for --at."""
+    from proof_diffusers import importance
+
+    lines = ["--at  1 - cos(input, output)"]
+    for number, (block, value) in enumerate(importance(path).items()):
+        lines.append(f"{number:4}  {value:.4f}  {block}")
+    return lines
+
+
 def grow_folder(argv) -> bool:
-    """The part of grow.py's command that is for diffusers: whether a word of `argv` (None: of the command
-    line) is a diffusers folder. Then `main` is run."""
+    """The part of grow.py's command that is done here: whether a word of `argv` (None: of the command line)
+    is a diffusers folder or --importance. Then `main` is run."""
     words = sys.argv[1:] if argv is None else argv
-    found = any(is_diffusers(word) for word in words)
+    found = "--importance" in words or any(is_diffusers(word) for word in words)
     if found:
         main(words)
     return found
@@ -712,6 +725,9 @@ def grow_folder(argv) -> bool:
 def main(argv=None):
     """Grow a diffusers model: `python grow.py FOLDER --depth insert --add 6 --out OUT`."""
     args = parse_arguments(argv)
+    if args.importance:
+        print("\n".join(importance_lines(args.folder)))
+        return
     folder = model_folder(args.folder)
     if not args.out:
         config = read_json(folder / "config.json")

@@ -1,8 +1,13 @@
-"""The proof of a growth of a diffusers model: both models run on the same random inputs.
+"""A diffusers model on random inputs: the proof of a growth, and the importance of blocks.
 
 `python grow.py FOLDER --depth insert --add 6 --out OUT --check` prints the largest difference. It loads both
 models, one after the other, so it takes the memory of the larger one. diffusers must be installed. The inputs
 are small: a few frames, a few tokens. Each class takes other inputs, so there is a function for each kind.
+
+`python grow.py FOLDER --importance` prints 1 - cos(input, output) of each block, the block importance of
+SANA-1.5 (arXiv 2501.18427), for diffusers folders and for checkpoints of this project. SANA-1.5 takes a
+calibration set of real data and prunes by it. Here the inputs are random, so that nothing else is needed: the
+numbers show outliers, not fine differences.
 
 Left out: control nets, IP adapters and caches, which no checkpoint holds.
 """
@@ -12,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from grow_diffusers import read_source
+from grow_diffusers import block_lists, is_diffusers, model_folder, read_source
+from run import load_model
 
 TOKENS = 5  # of text
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -277,3 +283,60 @@ def largest_difference(base, grown, dtype: torch.dtype | None = None) -> tuple[f
         outputs.append(model(**random_inputs(model), return_dict=False)[0].float())
         del model  # before the other one is loaded
     return (outputs[1] - outputs[0]).abs().max().item(), outputs[0].abs().max().item()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Importance
+
+
+class Meter:
+    """A hook that adds up 1 - cos(input, output) over the calls of a block."""
+
+    def __init__(self, position: int):
+        self.position = position  # of the video's tokens, if a block returns several tensors
+        self.total, self.calls = 0.0, 0
+
+    def __call__(self, block, positional, named, output):
+        before = named["hidden_states"] if "hidden_states" in named else positional[0]
+        after = output if isinstance(output, torch.Tensor) else output[self.position]
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.total += 1 - cosine.mean().item()
+        self.calls += 1
+
+
+@torch.no_grad()
+def importance(path: Path | str, draws: int = 4) -> dict[str, float]:
+    """A diffusers folder, or a checkpoint of this project -> {block: 1 - cos(input, output)}, the mean over
+    tokens and `draws` random inputs. 0 is a block that does nothing."""
+    if is_diffusers(path):
+        model = load(model_folder(path))
+        name = type(model).__name__
+        lists = [rule.name for rule in block_lists(name, model.config)]
+        run = run_diffusers
+    else:
+        model, _ = load_model(path)
+        name, lists, run = "DiT", ["blocks"], run_own
+    meters = {}
+    for blocks in lists:
+        for i, block in enumerate(model.get_submodule(blocks)):
+            meter = Meter(1 if name == "FluxTransformer2DModel" else 0)
+            block.register_forward_hook(meter, with_kwargs=True)
+            meters[f"{blocks}.{i}"] = meter
+    for seed in range(draws):
+        run(model, seed)
+    return {block: meter.total / meter.calls for block, meter in meters.items()}
+
+
+def run_diffusers(model, seed: int):
+    model(**random_inputs(model, seed), return_dict=False)
+
+
+def run_own(model, seed: int):
+    """One random clip, timestep and prompt."""
+    c, draw = model.config, Draw(torch.float32, seed)
+    mask = torch.ones(1, TOKENS, dtype=torch.bool)
+    prompt = [draw(1, TOKENS, c.text_dim), mask]
+    if c.llm_dim:
+        prompt += [draw(1, TOKENS, c.llm_dim), mask]
+    t = torch.rand(1, generator=draw.generator)
+    model(draw(1, 3, c.frames, c.size, c.size), t, *prompt)

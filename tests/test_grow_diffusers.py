@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import grow as grow_module
 import grow_diffusers
-from conftest import randomize
+from conftest import random_model, randomize
 from grow_diffusers import REFUSED, RULES, grow, is_diffusers, tree_of
 from proof_diffusers import INPUTS, largest_difference, load, random_inputs
+from run import save_model
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -602,12 +603,39 @@ def test_the_command(folders, tmp_path, capsys):
     assert capsys.readouterr().out == "HunyuanVideoTransformer3DModel, never grown\n"
 
 
+def importance_of(path, capsys):
+    """The numbers that the command prints."""
+    grow_module.main([str(path), "--importance"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line.split()[2]: float(line.split()[1]) for line in lines}
+
+
+@pytest.mark.parametrize("family", ["wan", "latte", "hunyuan", "flux", "kandinsky"])
+def test_the_importance_of_a_copy_is_zero(family, folders, tmp_path, capsys):
+    """And that of all other blocks stays."""
+    before = importance_of(folders(family), capsys)
+    summary = grow(folders(family), tmp_path / "grown", 2, "suffix")
+    after = importance_of(tmp_path / "grown", capsys)
+    assert all(value > 0.001 for value in before.values())
+    for block in after:
+        assert after[block] == (0 if block in summary.new else before[block])
+
+
+def test_the_importance_of_own_blocks(tmp_path, capsys):
+    """A checkpoint of this project: a copy of a block has none."""
+    grown = grow_module.grow_depth(random_model(), 1, where="suffix")
+    save_model(tmp_path, grown.state_dict(), grown.config)
+    values = list(importance_of(tmp_path, capsys).values())
+    assert len(values) == 4 and values[3] == 0 and min(values[:3]) > 0.001
+
+
 OPTIONS = [
     ("--depth insert --add 1", "with --out"),
     ("--depth insert --out out", "with --add"),
     ("--add 1 --out out", "--add is for a growth"),
     ("--at 1 --depth insert --add 1 --out out", "give one of them"),
     ("--check", "--check is for a growth"),
+    ("--importance --at 1 --out out", "does not grow"),
 ]
 
 
