@@ -23,8 +23,9 @@ reason.
 
 **Passed over**, with a note: hidden folders, links to folders, runs, samples and previews of this project.
 
-**Validation** is on a tenth of the files, chosen by a hash of their names. Clips of one film never fall on
-both sides, and a file stays on its side when others are added. If one side is empty, both are the whole.
+**Validation** is on a tenth of the files (`--validation`), chosen by a hash of their names. Clips of one film
+never fall on both sides, and a file stays on its side when others are added. If one side is empty, both are
+the whole.
 
 Left out: buckets of several shapes, captions by a multimodal LLM, archives, remote files.
 """
@@ -32,6 +33,7 @@ Left out: buckets of several shapes, captions by a multimodal LLM, archives, rem
 import csv
 import hashlib
 import json
+import math
 import os
 import statistics
 import unicodedata
@@ -50,6 +52,8 @@ from video import FPS, is_marked, save_grid
 
 RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
 CLIPS_VERSION = 2  # of decoded pixels: add one when decode.py makes other pixels of the same file
+VALIDATION = 0.1  # share of the files that is held out
+FEW = 10  # held-out files are named if they are not more
 MAX_BAD = 0.1  # share of files and lines that may be bad
 MAX_LINE = 1 << 20  # bytes of a line of metadata
 MAX_CAPTION = 2000  # characters
@@ -128,9 +132,10 @@ def find_clips(root: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]
     return found, problems, notes
 
 
-def in_validation(name: str) -> bool:
-    """Whether a file belongs to the tenth that is held out."""
-    return hashlib.sha256(os.fsencode(one_form(name))).digest()[0] < 26
+def in_validation(name: str, share: float = VALIDATION) -> bool:
+    """Whether a file belongs to the share that is held out, a tenth by default. A larger share holds the
+    files of a smaller one, and share 0 none."""
+    return hashlib.sha256(os.fsencode(one_form(name))).digest()[0] < math.ceil(256 * share)
 
 
 def choose_evenly(items: list, count: int) -> list:
@@ -479,6 +484,18 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
     return Scan(root, cache, entries, captions, problems, [*passed_over, *notes])
 
 
+def split(names: list[str], share: float = VALIDATION) -> tuple[list[str], list[str], str]:
+    """Files -> those to train on, those for validation, and a note that says which these are."""
+    held_out = [name for name in names if in_validation(name, share)]
+    kept = [name for name in names if not in_validation(name, share)]
+    if not (held_out and kept):
+        return names, names, "nothing is held out: validation is on the clips that are trained on"
+    which = f": {', '.join(map(printable, held_out))}" if len(held_out) <= FEW else ""
+    verb = "is" if len(held_out) == 1 else "are"
+    note = f"{len(held_out)} of {len(names)} files {verb} held out for validation{which}"
+    return kept, held_out, note
+
+
 def check_share(scanned: Scan, max_bad: float):
     """Raise ValueError if there are no clips, or if more than the share `max_bad` of all is bad."""
     bad = len(scanned.problems)
@@ -499,17 +516,20 @@ class FolderDataset:
 
     `part` is "train" or "validation". `caption_style` is "short", "detailed" or "both" (short and detailed in
     turn). Of more than `count` clips, `count` are chosen evenly; None takes all. Clip i is `videos[rows[i]]`,
-    with `videos` uint8 (M, 3, T, H, W). Raises ValueError, with one line, as `check_share` does."""
+    with `videos` uint8 (M, 3, T, H, W). `validation` is the share of files that is held out. Raises
+    ValueError, with one line, as `check_share` does."""
 
-    def __init__(self, scanned: Scan, part="train", caption_style="detailed", max_bad=MAX_BAD, count=None):
+    def __init__(
+        self, scanned: Scan, part="train", caption_style="detailed", max_bad=MAX_BAD, count=None,
+        validation=VALIDATION,
+    ):  # fmt: skip
         check_share(scanned, max_bad)
         entries = scanned.entries
-        chosen = [name for name in entries if in_validation(name) == (part == "validation")]
-        if len(chosen) in (0, len(entries)):
-            chosen = list(entries)
+        kept, held_out, note = split(list(entries), validation)
+        chosen = held_out if part == "validation" else kept
         clips = [(name, i) for name in chosen for i in range(entries[name]["clips"])]
         clips = choose_evenly(clips, count or len(clips))
-        self.problems, self.notes = scanned.problems, scanned.notes
+        self.problems, self.notes = scanned.problems, [*scanned.notes, note]
         self.videos = scanned.cache.pixels()
         self.rows = torch.tensor([entries[name]["first"] + i for name, i in clips])
         self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
@@ -563,9 +583,7 @@ def print_summary(scanned: Scan):
     texts = [scanned.captions[name][0] for name in scanned.entries]
     words = statistics.median(len(text.split()) for text in texts)
     print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
-    held_out = sum(in_validation(name) for name in scanned.entries)
-    both_parts = 0 < held_out < len(entries)
-    print(f"for validation: {held_out if both_parts else 'all, since they are so few'}")
+    print(split(list(scanned.entries))[2])
     notes = {}
     for name, entry in scanned.entries.items():
         for note in entry["notes"]:

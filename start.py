@@ -91,6 +91,19 @@ def find_data(name: str) -> str:
     return f"./{folder}"
 
 
+def check_data_options(args, defaults):
+    """Raise ValueError for options of the toy world with a folder, and of a folder with the toy world."""
+    toy = args.data in SETS
+    if not 0 <= args.validation <= 0.5:
+        raise ValueError(f"--validation is {args.validation}; it must be from 0 (train on all) to 0.5")
+    if toy and args.fps:
+        raise ValueError("--fps is for a folder of clips; the toy world has its own")
+    if toy and args.validation != defaults.validation:
+        raise ValueError("--validation is for a folder of clips; the toy world has clips enough")
+    if not toy and args.words != defaults.words:
+        raise ValueError("--words is for the toy world")
+
+
 class Data(NamedTuple):
     """What a run learns from and is validated on."""
 
@@ -124,8 +137,9 @@ def open_data(args, config, fps: float, history: list[dict], device) -> Data:
         shown = list(PROMPTS)
     else:
         scanned = scan(Path(args.data), **shape, fps=fps)
-        clips = FolderDataset(scanned, "train", args.captions, args.max_bad, args.clips)
-        held_out = {"val_loss": FolderDataset(scanned, "validation", args.captions, args.max_bad, few)}
+        how = {"caption_style": args.captions, "max_bad": args.max_bad, "validation": args.validation}
+        clips = FolderDataset(scanned, "train", count=args.clips, **how)
+        held_out = {"val_loss": FolderDataset(scanned, "validation", count=few, **how)}
         shown = list(dict.fromkeys(clips.captions))[: len(PROMPTS)]
     trainings = [event for event in history if "train" in event]
     old = trainings[-1] if trainings else None

@@ -34,14 +34,14 @@ import torch
 
 import parallel
 from attention import BACKENDS
-from clips import MAX_BAD
+from clips import MAX_BAD, VALIDATION
 from data import SETS
 from dit import PRESETS
 from flow import flow_loss, logit_normal
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint
-from start import Training, find_data, set_up
+from start import Training, check_data_options, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
 
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--captions", choices=("short", "detailed", "both"), help="(basic: short; both: both; else detailed)")
     add("--fps", type=float, help="frames per second at which a folder's videos are read (as the base, or 8)")
     add("--max-bad", type=float, default=MAX_BAD, help="share of a folder's files that may be bad (0.1)")
+    add("--validation", type=float, default=VALIDATION, help="share of a folder's files to hold out (0.1)")
     add("--words", default="train", choices=("train", "varied"), help="two words per thing, or five (train)")
     add("--clips", type=int, help="clips in the training set (16384 of basic; 4096 of rich and both; all)")
     add("--text", help="text encoder: minilm, a directory or a Hub id (as the base, or minilm)")
@@ -209,10 +210,7 @@ def fill_defaults(args, defaults):
     """Fill in the options that depend on others, so that args.json tells all of them."""
     args.data = find_data(args.data) if args.data else ("rich" if args.base else "basic")
     toy = args.data in SETS
-    if toy and args.fps:
-        raise ValueError("--fps is for a folder of clips; the toy world has its own")
-    if not toy and args.words != defaults.words:
-        raise ValueError("--words is for the toy world")
+    check_data_options(args, defaults)
     args.captions = args.captions or {"basic": "short", "both": "both"}.get(args.data, "detailed")
     if args.quick:
         for name, value in QUICK.items():

@@ -526,7 +526,7 @@ def direct(monkeypatch):
 
 @pytest.fixture
 def all_in_training(monkeypatch):
-    monkeypatch.setattr(clips, "in_validation", lambda name: False)
+    monkeypatch.setattr(clips, "in_validation", lambda *_: False)
 
 
 ROWS = [

@@ -494,3 +494,53 @@ def test_the_hub_is_not_waited_for(monkeypatch):
     with pytest.raises(OSError, match=r"cannot load 'no/such' .*huggingface\.co cannot be reached"):
         TextEncoder("no/such")
     assert len(calls) <= 2  # retries would wait
+
+
+# --------------------------------------------------------------------------------------------------------
+# What is held out
+
+
+def test_held_out_files_are_named(tmp_path):
+    names = [f"{i}.gif" for i in range(200)]
+    held_out = [name for name in names if clips.in_validation(name)]
+    kept = [name for name in names if not clips.in_validation(name)]
+    found = clips.split([*kept, held_out[0]])
+    assert found == (
+        kept,
+        held_out[:1],
+        f"1 of {len(kept) + 1} files is held out for validation: {held_out[0]}",
+    )
+    assert f"held out for validation: {held_out[0]}, {held_out[1]}" in clips.split([*kept, *held_out[:2]])[2]
+    assert clips.split(names)[2] == f"{len(held_out)} of 200 files are held out for validation"
+    for few in (kept, held_out):
+        assert (
+            clips.split(few) == (few, few, clips.split(few)[2])
+            and "nothing is held out" in clips.split(few)[2]
+        )
+
+
+def test_the_share_that_is_held_out():
+    names = [f"{i}.gif" for i in range(2000)]
+    sides = [set(clips.split(names, share)[1]) for share in (0.01, 0.1, 0.3, 0.5)]
+    assert sides[0] < sides[1] < sides[2] < sides[3]
+    assert [round(len(side) / 2000, 1) for side in sides] == [0.0, 0.1, 0.3, 0.5]
+    assert clips.split(names, 0)[:2] == (names, names)
+
+
+def test_training_on_all_clips(tmp_path, encoder_name, capsys):
+    names = [f"{i}.gif" for i in range(40)]
+    held_out = next(name for name in names if clips.in_validation(name))
+    kept = [name for name in names if not clips.in_validation(name)]
+    root = lay_out(tmp_path / "my", *kept[:2], held_out)
+    run_training(tmp_path / "a", encoder_name, f"--data {root} --steps 2")
+    assert f"note: 1 of 3 files is held out for validation: {held_out}\n" in capsys.readouterr().out
+    run = run_training(tmp_path / "b", encoder_name, f"--data {root} --steps 2 --validation 0")
+    assert "note: nothing is held out" in capsys.readouterr().out
+    resume_training(run, "--steps 3")
+    assert len(FolderDataset(scan(root), validation=0)) == 3
+    for options, message in (
+        (f"--data {root} --validation 0.6", "it must be from 0 .train on all. to 0.5"),
+        ("--validation 0", "is for a folder of clips"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(options.split())
