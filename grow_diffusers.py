@@ -45,7 +45,6 @@ adapters, which name blocks of the base.
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 from functools import partial
@@ -252,6 +251,7 @@ def read_source(folder: Path) -> Source:
 
 
 def names_of(files: list[Path]) -> str:
+    """Names of files, for a message."""
     return ", ".join(file.name for file in files)
 
 
@@ -491,6 +491,8 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already: name another folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} would be a part of {folder}, which is copied: name a folder elsewhere")
     source = read_source(model_folder(folder))
     name = source.config.get("_class_name")
     if not isinstance(name, str):
@@ -512,7 +514,8 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
         files = write_folder(folder, temporary, source, config, targets)
         temporary.rename(out)
     except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
-        raise OSError(f"{out} could not be written: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(f"{out} could not be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
@@ -661,6 +664,17 @@ def parse_arguments(argv) -> argparse.Namespace:
     return args
 
 
+def peak_memory() -> str:
+    """The most memory that this process has had so far."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "unknown"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return f"{peak * unit / 2**20:,.0f} MB"
+
+
 def report(summary: Summary) -> list[str]:
     """What a growth has done, as lines."""
     lines = []
@@ -669,9 +683,8 @@ def report(summary: Summary) -> list[str]:
     before, after = summary.parameters
     lines.append(f"parameters: {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M")
     lines.append(f"new blocks: {' '.join(summary.new)}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    size = f"{summary.size / 1e6:,.1f} MB in {summary.files} file{'s' if summary.files > 1 else ''}"
-    lines.append(f"written: {size}, peak memory {peak:,.0f} MB")
+    files = "1 file" if summary.files == 1 else f"{summary.files} files"
+    lines.append(f"written: {summary.size / 1e6:,.1f} MB in {files}, peak memory {peak_memory()}")
     return lines
 
 

@@ -50,6 +50,7 @@ def wan_inputs(c, draw):
 
 
 def anyflow_inputs(c, draw):
+    """AnyFlow: two timesteps for each frame."""
     return {
         "hidden_states": draw(1, 3, c.in_channels, 4, 4),
         "timestep": torch.full((1, 3), 500.0),
@@ -59,6 +60,7 @@ def anyflow_inputs(c, draw):
 
 
 def helios_inputs(c, draw):
+    """Helios: two frames of history, and three to make."""
     inputs = {
         "hidden_states": draw(1, c.in_channels, 3, 4, 4),
         "timestep": torch.tensor([500]),
@@ -72,6 +74,7 @@ def helios_inputs(c, draw):
 
 
 def ltx_inputs(c, draw):
+    """LTX-Video."""
     return {
         "hidden_states": draw(1, 3 * 2 * 2, c.in_channels),
         "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
@@ -84,6 +87,7 @@ def ltx_inputs(c, draw):
 
 
 def cogvideox_inputs(c, draw):
+    """CogVideoX, with rotary positions or a table of them."""
     size = 4 * c.patch_size
     frames = 2 * (c.patch_size_t or 1)
     if not c.use_rotary_positional_embeddings:  # the table of positions has one size
@@ -105,6 +109,7 @@ def cogvideox_inputs(c, draw):
 
 
 def hunyuan_inputs(c, draw):
+    """HunyuanVideo."""
     inputs = {
         "hidden_states": draw(1, c.in_channels, 2 * c.patch_size_t, 2 * c.patch_size, 2 * c.patch_size),
         "timestep": torch.tensor([500]),
@@ -118,6 +123,7 @@ def hunyuan_inputs(c, draw):
 
 
 def framepack_inputs(c, draw):
+    """HunyuanVideo Framepack: an image and three kinds of history."""
     inputs = hunyuan_inputs(c, draw)
     size = inputs["hidden_states"].shape[-1]
     inputs["image_embeds"] = draw(1, 3, c.image_proj_dim)
@@ -129,6 +135,7 @@ def framepack_inputs(c, draw):
 
 
 def hunyuan15_inputs(c, draw):
+    """HunyuanVideo 1.5: two texts and an image."""
     return {
         "hidden_states": draw(1, c.in_channels, 2 * c.patch_size_t, 2 * c.patch_size, 2 * c.patch_size),
         "timestep": torch.tensor([500.0]).to(draw.dtype),
@@ -141,6 +148,7 @@ def hunyuan15_inputs(c, draw):
 
 
 def sana_inputs(c, draw):
+    """SanaVideo."""
     inputs = {
         "hidden_states": draw(1, c.in_channels, 2 * c.patch_size[0], 4, 4),
         "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
@@ -153,6 +161,7 @@ def sana_inputs(c, draw):
 
 
 def latte_inputs(c, draw):
+    """Latte: clips of one size."""
     return {
         "hidden_states": draw(1, c.in_channels, c.video_length, c.sample_size, c.sample_size),
         "timestep": torch.tensor([500]),
@@ -161,6 +170,7 @@ def latte_inputs(c, draw):
 
 
 def allegro_inputs(c, draw):
+    """Allegro."""
     angle = torch.rand(2 * 2 * 2, c.attention_head_dim // 3, generator=draw.generator)
     positions = torch.arange(8)[None]
     return {
@@ -173,6 +183,7 @@ def allegro_inputs(c, draw):
 
 
 def cosmos_inputs(c, draw):
+    """Cosmos 2 and 2.5."""
     inputs = {
         "hidden_states": draw(1, c.in_channels, 2, 4, 4),
         "timestep": torch.tensor([500.0]).to(draw.dtype),
@@ -188,6 +199,7 @@ def cosmos_inputs(c, draw):
 
 
 def easyanimate_inputs(c, draw):
+    """EasyAnimate."""
     return {
         "hidden_states": draw(1, c.in_channels, 2, 2 * c.patch_size, 2 * c.patch_size),
         "timestep": torch.tensor([500.0]),
@@ -196,6 +208,7 @@ def easyanimate_inputs(c, draw):
 
 
 def flux_inputs(c, draw):
+    """FLUX."""
     inputs = {
         "hidden_states": draw(1, 6, c.in_channels),
         "encoder_hidden_states": draw(1, TOKENS, c.joint_attention_dim),
@@ -210,6 +223,7 @@ def flux_inputs(c, draw):
 
 
 def kandinsky_inputs(c, draw):
+    """Kandinsky 5."""
     channels = 2 * c.in_visual_dim + 1 if c.visual_cond else c.in_visual_dim
     return {
         "hidden_states": draw(1, 2, 4, 4, channels),
@@ -328,6 +342,7 @@ def importance(path: Path | str, draws: int = 4) -> dict[str, float]:
 
 
 def run_diffusers(model, seed: int):
+    """Random inputs of the class."""
     model(**random_inputs(model, seed), return_dict=False)
 
 

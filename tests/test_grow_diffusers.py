@@ -355,6 +355,8 @@ def test_other_files_are_copied(folders, tmp_path):
     assert is_diffusers(pipeline) and not is_diffusers(pipeline / "vae") and not is_diffusers(tmp_path)
     summary = grow(pipeline, tmp_path / "out", 1)
     assert summary.folder == tmp_path / "out/transformer"
+    lines = grow_diffusers.loading_lines(tmp_path / "out", summary, "WanTransformer3DModel")
+    assert len(lines) == 4 and "DiffusionPipeline" in lines[1] and "pipe.transformer" in lines[3]
     files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert files == [
         "model_index.json",
@@ -509,6 +511,8 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="there already"):
         grow(folders("wan"), tmp_path / "there", 1)
+    with pytest.raises(ValueError, match="name a folder elsewhere"):
+        grow(folders("wan"), folders("wan") / "deeper/out", 1)
     with monkeypatch.context() as patch:
         patch.setattr(grow_diffusers, "save_file", full_disk)
         with pytest.raises(OSError, match="out could not be written: No space left"):
