@@ -36,7 +36,7 @@ import torch
 
 from dit import DiT, layer_norm
 from machine import run_command
-from text_encoder import LLM_LAYERS, Prompts, cached_features
+from text_encoder import LLM_LAYERS, Prompts, cached_features, located
 
 CAPTIONS = 2048  # that are read, at most
 BATCH = 256  # captions at a time
@@ -135,6 +135,7 @@ def swapped(path, llm: str, layers: str):
     from run import load_checkpoint
 
     checkpoint = load_checkpoint(path)
+    llm = located(llm)
     checkpoint.metadata.update(llm=llm, llm_features=layers)
     llm_dim = cached_features([], llm, layers).dim
     grown = grow_state(checkpoint, "llm", llm_dim=llm_dim)

