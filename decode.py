@@ -42,6 +42,7 @@ CONTAINERS = "mov,matroska,avi,gif"  # FFmpeg's names of the formats that files 
 MAX_CLIPS = 16  # of one file; the rest of a film is not used
 MAX_SIDE = 8192  # pixels
 MAX_MEMORY = 4 << 30  # bytes of address space of a process
+MAX_POOLS = 6  # tried for a group of files: a worker that crashes at once can take a whole pool along
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ class DecodingPool:
     def decode(self, paths: list[Path]) -> list[tuple]:
         """Decode files -> for each what `decode_file` returns, in order. Raises OSError if no process can run
         here."""
-        for _ in range(3):
+        for _ in range(MAX_POOLS):
             try:
                 futures = [self.schedule(path) for path in paths]
                 return [self.result(future) for future in futures]
