@@ -21,11 +21,15 @@ others are refused too, and so is a block with a branch that its rule does not k
 
     class                              insert  prefix  suffix  zero
     Wan, SkyReelsV2, ChronoEdit        yes     yes     yes     proj
-    AnyFlow, Helios, LTXVideo, Allegro yes     yes     yes     proj
-    Cosmos (2 and 2.5), SanaVideo      yes     yes     yes     proj
+    AnyFlow, AnyFlowFAR, Helios        yes     yes     yes     proj
+    LTXVideo, Allegro                  yes     yes     yes     proj
+    Cosmos (2 and 2.5), Cosmos3Omni    yes     yes     yes     proj
+    SanaVideo, refiner of SanaWM       yes     yes     yes     proj
+    Kandinsky6, JoyImageEdit, its Plus yes     yes     yes     proj
     Latte                              yes     no      yes     proj
     CogVideoX, Kandinsky5, FLUX        yes     yes     yes     proj or gate
     HunyuanVideo, its Framepack, 1.5   yes     yes     yes     proj or gate
+    Kandinsky6SR, MiniMaxH3            yes     yes     yes     proj or gate
     EasyAnimate                        yes     yes     yes     gate
 
 Traps:
@@ -37,6 +41,13 @@ Traps:
 - EasyAnimate may have a norm with a bias behind its projections. Only the gates can be zero.
 - SanaVideo gives its first block a transposed view, and a copy before it makes that contiguous. On a CPU in
   bfloat16, a layer rounds differently on the two: prefix is the same up to rounding there.
+- AnyFlowFAR and the refiner of SanaWM cache keys for each block. Pipelines make as many caches as config.json
+  has blocks, so a copy gets one.
+- MiniMaxH3 makes its gates three times, for video, text and audio, in one map.
+- Kandinsky6 has gates in maps of 9 and of 3 pieces, which may be unequal. Only the projections can be zero.
+- The refiner of SanaWM does not run the audio part of its blocks. Its projections are zeroed as well.
+- WanAnimate2 skips block 9 in the unconditional pass of its guidance. A copy before block 9 moves it: with 12
+  blocks, insert changed that pass by 1.0 of 3.9. So it is refused.
 
 How it differs from other tools: mergekit moves layers of language models and does not preserve the function.
 Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; control nets and LoRA
@@ -86,6 +97,26 @@ DUAL_PARTS = ("norm1", "norm1_context", "attn", "norm2", "norm2_context", "ff", 
 DUAL_PROJ = ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2")
 DUAL_GATE = ("norm1.linear", "norm1_context.linear")
 SINGLE_PARTS = ("attn", "norm", "proj_mlp", "proj_out")
+JOY_PARTS = ("img_mod", "img_norm1", "img_norm2", "img_mlp", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
+JOY_PROJ = ("attn.img_attn_proj", "attn.txt_attn_proj", "img_mlp.net.2", "txt_mlp.net.2")
+H3_PARTS = ("norm1", "attn", "norm2", "ff", "adaln_proj")
+REFINER_PARTS = ("audio_norm1", "audio_attn1", "audio_norm2", "audio_attn2", "audio_norm3", "audio_ff")
+REFINER_PARTS += ("audio_to_video_norm", "audio_to_video_attn", "video_to_audio_norm", "video_to_audio_attn")
+REFINER_PARTS += ("audio_scale_shift_table", "video_a2v_cross_attn_scale_shift_table")
+REFINER_PARTS += ("audio_a2v_cross_attn_scale_shift_table",)
+REFINER_PROJ = ("audio_attn1.to_out.0", "audio_attn2.to_out.0", "audio_ff.net.2")
+REFINER_PROJ += ("audio_to_video_attn.to_out.0", "video_to_audio_attn.to_out.0")
+OMNI_PARTS = ("self_attn", "mlp", "mlp_moe_gen", "input_layernorm", "input_layernorm_moe_gen")
+OMNI_PARTS += ("post_attention_layernorm", "post_attention_layernorm_moe_gen")
+OMNI_PROJ = ("self_attn.to_out", "self_attn.to_add_out", "mlp.down_proj", "mlp_moe_gen.down_proj")
+FUSED_PARTS = ("video_dec_block", "audio_dec_block", "va_cross_attention", "av_cross_attention")
+FUSED_PARTS += ("va_modulation", "av_modulation")
+FUSED_PROJ = ("video_dec_block.self_attention.out_layer", "video_dec_block.cross_attention.out_layer")
+FUSED_PROJ += ("audio_dec_block.self_attention.out_layer", "audio_dec_block.cross_attention.out_layer")
+FUSED_PROJ += ("video_dec_block.feed_forward.net.2", "audio_dec_block.feed_forward.net.2")
+FUSED_PROJ += ("va_cross_attention.out_layer", "av_cross_attention.out_layer")
+SR_PARTS = ("visual_modulation", "self_attention_norm", "self_attention", "feed_forward_norm", "feed_forward")
+SR_PROJ = ("self_attention.out_layer", "feed_forward.net.2")
 KANDINSKY_PARTS = ("visual_modulation", "self_attention_norm", "self_attention", "cross_attention_norm")
 KANDINSKY_PARTS += ("cross_attention", "feed_forward_norm", "feed_forward")
 KANDINSKY_PROJ = ("self_attention.out_layer", "cross_attention.out_layer", "feed_forward.out_layer")
@@ -114,12 +145,30 @@ VISUAL = BlockList(
     ("visual_modulation.out_layer",),
     9,
 )
+FUSED = BlockList("visual_transformer_blocks", "num_visual_blocks", FUSED_PARTS, FUSED_PROJ)
+SR = BlockList(
+    "visual_transformer_blocks", "num_visual_blocks", SR_PARTS, SR_PROJ, ("visual_modulation.out_layer",)
+)
+H3 = BlockList(
+    "transformer_blocks",
+    "num_layers",
+    H3_PARTS,
+    ("attn.to_out.0", "ff.net.2"),
+    ("adaln_proj.linear",),
+    18,  # six for video, six for text, six for audio
+)
+JOY = BlockList("double_blocks", "num_layers", (*JOY_PARTS, "attn"), JOY_PROJ)
+REFINER = BlockList(
+    "transformer_blocks", "num_layers", TABLE_PARTS + REFINER_PARTS, CROSS_PROJ + REFINER_PROJ
+)
+OMNI = BlockList("layers", "num_hidden_layers", OMNI_PARTS, OMNI_PROJ)
 
 RULES = {
     "WanTransformer3DModel": (WAN,),
     "SkyReelsV2Transformer3DModel": (WAN,),
     "ChronoEditTransformer3DModel": (WAN,),
     "AnyFlowTransformer3DModel": (WAN,),
+    "AnyFlowFARTransformer3DModel": (WAN,),
     "HeliosTransformer3DModel": (WAN,),
     "LTXVideoTransformer3DModel": (TABLE,),
     "AllegroTransformer3DModel": (TABLE,),
@@ -133,6 +182,13 @@ RULES = {
     "HunyuanVideo15Transformer3DModel": (DUAL,),
     "FluxTransformer2DModel": (DUAL, SINGLE),
     "Kandinsky5Transformer3DModel": (VISUAL,),
+    "Kandinsky6Transformer3DModel": (FUSED,),
+    "Kandinsky6SRTransformer3DModel": (SR,),
+    "MiniMaxH3Transformer3DModel": (H3,),
+    "JoyImageEditTransformer3DModel": (JOY,),
+    "JoyImageEditPlusTransformer3DModel": (JOY,),
+    "SanaWMLTX2RefinerTransformer3DModel": (REFINER,),
+    "Cosmos3OmniTransformer": (OMNI,),
 }
 
 # Entries of config.json that a class may have, and what else they would need.
@@ -144,7 +200,6 @@ CONDITIONS = {
 }
 
 INDEXED = "a block takes something by its index: "
-UNTESTED = "no rule for it was tested: "
 REFUSED = {
     "WanVACETransformer3DModel": INDEXED + "vace_layers",
     "WanAnimateTransformer3DModel": INDEXED + "a face adapter for every fifth block",
@@ -156,16 +211,8 @@ REFUSED = {
     "MotifVideoTransformer3DModel": INDEXED + "the text of the encoder or of the decoder part",
     "ChromaTransformer2DModel": INDEXED + "its modulation, from one network for all blocks",
     "HunyuanDiT2DModel": INDEXED + "skip connections from the first half to the second",
-    "AnyFlowFARTransformer3DModel": UNTESTED + "it keeps a cache for each block",
-    "WanAnimate2Transformer3DModel": UNTESTED + "it keeps a cache for each block",
-    "SanaWMLTX2RefinerTransformer3DModel": UNTESTED + "it keeps a cache for each block",
-    "Cosmos3OmniTransformer": UNTESTED + "it is a language model with two paths",
-    "Kandinsky6Transformer3DModel": UNTESTED + "its blocks join video and audio",
-    "Kandinsky6SRTransformer3DModel": UNTESTED + "it enlarges videos",
-    "MiniMaxH3Transformer3DModel": UNTESTED + "its blocks join video and audio",
-    "JoyImageEditTransformer3DModel": UNTESTED + "it edits images",
-    "JoyImageEditPlusTransformer3DModel": UNTESTED + "it edits images",
-    "TransformerTemporalModel": UNTESTED + "it is a part of a UNet",
+    "WanAnimate2Transformer3DModel": INDEXED + "its guidance skips block 9",
+    "TransformerTemporalModel": "it is a part of a UNet, and no rule was tried",
 }
 
 

@@ -17,7 +17,7 @@ import grow as grow_module
 import grow_diffusers
 from conftest import random_model, randomize
 from grow_diffusers import REFUSED, RULES, grow, is_diffusers, tree_of
-from proof_diffusers import INPUTS, largest_difference, load, random_inputs
+from proof_diffusers import INPUTS, largest_difference, load, outputs_of, random_inputs
 from run import save_model
 
 diffusers = pytest.importorskip("diffusers")
@@ -160,6 +160,64 @@ KANDINSKY = {
     "num_visual_blocks": 3,
     "axes_dims": (4, 4, 4),
 }
+KANDINSKY6 = {**KANDINSKY, "in_audio_dim": 4, "out_audio_dim": 4, "model_dim_a": 12, "axes_dims_a": (4, 4, 4)}
+K6_RELEASED = {"ca_rope": True, "cross_gates": True, "fix_modulation": True}  # as in the released models
+KANDINSKY6_SR = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "time_dim": 8,
+    "model_dim": 24,
+    "ff_dim": 16,
+    "num_visual_blocks": 3,
+    "axes_dims": (4, 4, 4),
+}
+MINIMAX = {
+    **HEADS,
+    "hidden_size": 16,
+    "num_layers": 3,
+    "num_refiner_layers": 1,
+    "ffn_dim": 16,
+    "in_channels": 4,
+    "audio_in_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "time_embed_hidden_dim": 8,
+    "time_embed_dim": 8,
+    "rope_freq_dim": 2,
+}
+JOY = {
+    "in_channels": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "text_dim": 8,
+    "num_layers": 3,
+    "rope_dim_list": [4, 4, 4],
+}
+REFINER = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 24,
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 6,
+    "audio_cross_attention_dim": 12,
+    "caption_channels": 8,
+    "num_layers": 3,
+}
+OMNI = {
+    "head_dim": 12,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "latent_channel": 4,
+    "patch_latent_dim": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "rope_axes_dim": (2, 2, 2),
+    "vocab_size": 16,
+}
 FRAMEPACK = {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True}
 
 CONFIGS = {
@@ -168,6 +226,7 @@ CONFIGS = {
     "skyreels": ("SkyReelsV2Transformer3DModel", WAN),
     "chronoedit": ("ChronoEditTransformer3DModel", {**WAN, **IMAGE}),
     "anyflow": ("AnyFlowTransformer3DModel", WAN),
+    "anyflow-far": ("AnyFlowFARTransformer3DModel", WAN),
     "helios": ("HeliosTransformer3DModel", HELIOS),
     "ltx": ("LTXVideoTransformer3DModel", {**LTX, "caption_channels": 8}),
     "allegro": ("AllegroTransformer3DModel", ALLEGRO),
@@ -183,8 +242,19 @@ CONFIGS = {
     "hunyuan15": ("HunyuanVideo15Transformer3DModel", HUNYUAN15),
     "flux": ("FluxTransformer2DModel", FLUX),
     "kandinsky": ("Kandinsky5Transformer3DModel", KANDINSKY),
+    "kandinsky6": ("Kandinsky6Transformer3DModel", {**KANDINSKY6, **K6_RELEASED}),
+    "kandinsky6-plain": ("Kandinsky6Transformer3DModel", KANDINSKY6),
+    "kandinsky6-sr": ("Kandinsky6SRTransformer3DModel", KANDINSKY6_SR),
+    "minimax": ("MiniMaxH3Transformer3DModel", MINIMAX),
+    "joyimage": ("JoyImageEditTransformer3DModel", JOY),
+    "joyimage-plus": ("JoyImageEditPlusTransformer3DModel", JOY),
+    "refiner": ("SanaWMLTX2RefinerTransformer3DModel", REFINER),
+    "refiner-split": ("SanaWMLTX2RefinerTransformer3DModel", {**REFINER, "rope_type": "split"}),
+    "omni": ("Cosmos3OmniTransformer", OMNI),
 }
 GATED = ("cogvideox", "easyanimate", "hunyuan", "hunyuan-i2v", "framepack", "hunyuan15", "flux", "kandinsky")
+GATED += ("kandinsky6-sr", "minimax")
+FP32_OUTPUT = ("minimax",)  # from_pretrained keeps its last layers in float32
 
 
 def tiny(family, seed=0):
@@ -219,12 +289,6 @@ def test_gate_and_proj_rules_cover_every_class():
             assert name in RULES or name in REFUSED
 
 
-def output_of(model):
-    """What a model computes on random inputs."""
-    with torch.no_grad():
-        return model(**random_inputs(model), return_dict=False)[0]
-
-
 def contiguous_start(model):
     """SanaVideo's first block gets a transposed view. In bfloat16 a layer rounds differently on it."""
 
@@ -237,12 +301,14 @@ def contiguous_start(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
 def test_growth_keeps_every_bit(family, dtype, folders, tmp_path):
     """Insert, prefix and suffix, with zero projections and zero gates, after the checkpoint is loaded."""
     fix = contiguous_start if family == "sana" else torch.nn.Module.eval
     folder = folders(family, dtype)
-    expected = output_of(fix(load(folder)))
-    assert expected.abs().max() > 0.1 and expected.dtype == dtype
+    expected = outputs_of(fix(load(folder)))
+    assert expected.abs().max() > 0.1
+    assert expected.dtype == (torch.float32 if family in FP32_OUTPUT else dtype)
     runs = [(where, None) for where in ("insert", "prefix", "suffix")]
     if family in GATED:
         runs.append(("insert", "gate"))
@@ -253,8 +319,53 @@ def test_growth_keeps_every_bit(family, dtype, folders, tmp_path):
         summary = grow(folder, out, 2, where, zero)
         grown = fix(load(out))
         assert len(summary.new) == (4 if family == "latte" else 2)
-        assert (output_of(grown) - expected).abs().max() == 0, (where, zero)
+        assert (outputs_of(grown) - expected).abs().max() == 0, (where, zero)
         assert {p.dtype for p in grown.parameters()} == {p.dtype for p in load(folder).parameters()}
+
+
+def refiner_with_a_cache(model, first=0):
+    """The refiner attends to an earlier block of frames, which every block of the model caches."""
+    module = importlib.import_module("diffusers.models.transformers.transformer_sana_wm_refiner")
+    cache = module.SanaWMRefinerKVCache(model.config.num_layers)
+    inputs = random_inputs(model, first)
+    cache.sink_pe = random_inputs(model)["video_rotary_emb"]
+    model(**inputs, kv_cache=cache, kv_cache_mode="capture_pre_rope")
+    for layer in cache.layer_caches:
+        layer.store_sink(*layer.get_captured_pre_rope())
+    inputs = random_inputs(model, seed=1)
+    return model(**inputs, kv_cache=cache, kv_cache_mode="inject", return_dict=False)[0]
+
+
+def far_with_a_cache(model, first=0):
+    """AnyFlow FAR makes a sixth frame after five that every block of the model caches."""
+    c, inputs = model.config, random_inputs(model, first)
+    shape = (2, 1, c.num_attention_heads, 64, c.attention_head_dim)
+    dtype = inputs["hidden_states"].dtype
+    caches = []
+    for _ in range(c.num_layers):
+        caches.append({name: torch.zeros(shape, dtype=dtype) for name in ("full_cache", "compressed_cache")})
+    flag = {"num_cached_chunks": 5, "is_cache_step": True}
+    model(**inputs, kv_cache=caches, kv_cache_flag=flag)
+    inputs = random_inputs(model, seed=1) | {"chunk_partition": [1] * 6}
+    for name in ("hidden_states", "timestep", "r_timestep"):
+        inputs[name] = inputs[name][:, :1]
+    flag["is_cache_step"] = False
+    return model(**inputs, kv_cache=caches, kv_cache_flag=flag, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "run"), [("refiner", refiner_with_a_cache), ("anyflow-far", far_with_a_cache)]
+)
+@torch.no_grad()
+def test_a_copy_keeps_a_cache_of_its_own(family, run, dtype, folders, tmp_path):
+    """Insert, prefix and suffix keep every bit of a model with a cache for each block."""
+    folder = folders(family, dtype)
+    expected = run(load(folder))
+    assert (run(load(folder), first=2) - expected).abs().max() > 0.01  # the cache is read
+    for where in ("insert", "prefix", "suffix"):
+        grow(folder, tmp_path / where, 2, where)
+        assert (run(load(tmp_path / where)) - expected).abs().max() == 0, where
 
 
 def tensors_of(folder):
@@ -535,7 +646,7 @@ def train(model, steps):
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        output = model(**random_inputs(model, seed=step % 4), return_dict=False)[0]
+        output = outputs_of(model, seed=step % 4)
         target = torch.randn(output.shape, generator=torch.Generator().manual_seed(step % 4))
         loss = (output - target).square().mean()
         loss.backward()
@@ -550,14 +661,19 @@ def has_gradient(parameter):
 
 
 LEARNERS = [(family, "proj") for family in ("wan", "ltx", "sana", "latte", "cogvideox", "hunyuan", "flux")]
-LEARNERS += [(family, "gate") for family in ("cogvideox", "hunyuan", "flux", "kandinsky")]
+LEARNERS += [(family, "proj") for family in ("kandinsky6", "minimax", "joyimage", "refiner", "omni")]
+LEARNERS += [(family, "gate") for family in ("cogvideox", "hunyuan", "flux", "kandinsky", "minimax")]
+TEXT_ENDS = ("joyimage", "omni")  # nothing reads the text after their last block, so a copy of it learns less
 
 
 @pytest.mark.parametrize(("family", "zero"), LEARNERS)
 def test_every_new_parameter_learns_by_the_second_step(family, zero, folders, tmp_path):
     """Wherever a block of the base has a gradient, its copy has one in the second step."""
     add = [1, 1] if family in ("hunyuan", "flux") else 1
-    summary = grow(folders(family), tmp_path / "grown", add, zero=zero)
+    at = None
+    if family in TEXT_ENDS:
+        add, at = None, [0]
+    summary = grow(folders(family), tmp_path / "grown", add, zero=zero, at=at)
     grown = load(tmp_path / "grown")
     train(grown, 2)
     parameters = dict(grown.named_parameters())
@@ -614,7 +730,7 @@ def importance_of(path, capsys):
     return {line.split()[2]: float(line.split()[1]) for line in lines}
 
 
-@pytest.mark.parametrize("family", ["wan", "latte", "hunyuan", "flux", "kandinsky"])
+@pytest.mark.parametrize("family", ["wan", "latte", "hunyuan", "flux", "kandinsky", "kandinsky6", "minimax"])
 def test_the_importance_of_a_copy_is_zero(family, folders, tmp_path, capsys):
     """And that of all other blocks stays."""
     before = importance_of(folders(family), capsys)
