@@ -312,21 +312,43 @@ def refiner_inputs(c, draw):
 
 
 def omni_inputs(c, draw):
-    """Cosmos 3: text, and two frames of 2 x 2 patches, in one sequence."""
+    """Cosmos 3: text, two frames of 2 x 2 patches, and three steps of sound and actions, in one sequence."""
     video = torch.arange(TOKENS, TOKENS + 8)
     side = 2 * c.latent_patch_size
-    return {
+    inputs = {
         "input_ids": torch.arange(TOKENS) % c.vocab_size,
         "text_indexes": torch.arange(TOKENS),
-        "position_ids": torch.arange(TOKENS + 8) % torch.tensor([[17], [3], [2]]),
         "und_len": TOKENS,
-        "sequence_length": TOKENS + 8,
         "vision_tokens": [draw(1, c.latent_channel, 2, side, side)],
         "vision_token_shapes": [(2, 2, 2)],
         "vision_sequence_indexes": video,
         "vision_mse_loss_indexes": video,
         "vision_timesteps": torch.full((8,), 500.0),
         "vision_noisy_frame_indexes": [torch.arange(2)],
+    }
+    length = TOKENS + 8
+    if c.sound_gen:
+        inputs |= omni_steps("sound", draw(c.sound_dim, 3), length)
+        length += 3
+    if c.action_gen:
+        inputs |= omni_steps("action", draw(3, c.action_dim), length)
+        inputs["action_domain_ids"] = [torch.tensor(1)]
+        length += 3
+    inputs["sequence_length"] = length
+    inputs["position_ids"] = torch.arange(length) % torch.tensor([[17], [3], [2]])
+    return inputs
+
+
+def omni_steps(kind, tokens, start):
+    """Three noisy steps of sound or actions, from place `start` of the sequence on."""
+    places = torch.arange(start, start + 3)
+    return {
+        f"{kind}_tokens": [tokens],
+        f"{kind}_token_shapes": [(3, 1, 1)],
+        f"{kind}_sequence_indexes": places,
+        f"{kind}_mse_loss_indexes": places,
+        f"{kind}_timesteps": torch.full((3,), 500.0),
+        f"{kind}_noisy_frame_indexes": [torch.arange(3)],
     }
 
 

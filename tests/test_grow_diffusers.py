@@ -218,6 +218,8 @@ OMNI = {
     "rope_axes_dim": (2, 2, 2),
     "vocab_size": 16,
 }
+OMNI_SOUND = {"sound_gen": True, "sound_dim": 4, "action_gen": True, "action_dim": 3}
+NEMOTRON = {"hidden_act": "relu2", "qk_norm_for_text": False, "use_und_k_norm_for_gen": True}
 FRAMEPACK = {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True}
 
 CONFIGS = {
@@ -251,6 +253,8 @@ CONFIGS = {
     "refiner": ("SanaWMLTX2RefinerTransformer3DModel", REFINER),
     "refiner-split": ("SanaWMLTX2RefinerTransformer3DModel", {**REFINER, "rope_type": "split"}),
     "omni": ("Cosmos3OmniTransformer", OMNI),
+    "omni-sound": ("Cosmos3OmniTransformer", {**OMNI, **OMNI_SOUND}),
+    "omni-nemotron": ("Cosmos3OmniTransformer", {**OMNI, **NEMOTRON}),
 }
 GATED = ("cogvideox", "easyanimate", "hunyuan", "hunyuan-i2v", "framepack", "hunyuan15", "flux", "kandinsky")
 GATED += ("kandinsky6-sr", "minimax")
