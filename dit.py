@@ -23,24 +23,22 @@ with modulate(x) = norm(x) * (1 + scale) + shift. Shift, scale and gate are line
 the start it is zero and the output projection is not. Growth relies on this: a branch with one zero factor is
 silent but learns; a branch with two zero factors gets no gradient, ever.
 
-**Timestep.** Sines and cosines of 1000 t, from one radian per 0.001 of t down to 0.1 radians in all, then an
-MLP. A slower embedding, of 20 t, would be smooth at the scale on which training draws timesteps (flow.py). It
-was tried: the loss was the same, and fewer prompts came out right (README, *Choices that were measured*).
+**Timestep.** Sines and cosines of 1000 t, from one radian per 0.001 of t on, then an MLP. A slower embedding,
+of 20 t, had the same loss and drew fewer prompts right (README, *Choices that were measured*).
 
 **Positions.** Rotary, in 3-D: the channel pairs of a head are split between time, height and width, and are
-rotated by position times frequency, so that q k^T depends on differences of positions. A rotation says
-nothing about where a *single* token is, so fixed sines and cosines of its position are added once, after the
-patch embedding (the sky is above). They have `head_dim` channels and are repeated for every head. Neither has
-parameters: a model runs at any number of frames and any size, and nothing changes when heads are added.
+rotated by position times frequency, so that q k^T depends on differences of positions. A rotation does not
+say where a *single* token is, so fixed sines and cosines of its position are added once, after the patch
+embedding (`head_dim` channels, repeated for every head). Neither has parameters: any number of frames and
+any size can be sampled, and nothing changes when heads are added.
 
 **Norms have no parameters**: LayerNorm on tokens, RMSNorm on each head of q and k (qk-norm). Scale and shift
 come from adaLN, and the width can be doubled exactly (grow.py).
 
-**Types.** Under autocast (machine.py) every linear map and attention runs in bfloat16. The residual stream x
-stays float32: `patch_embed` gives bfloat16, adding the float32 position embedding makes it float32, and `x +
-gate * branch` adds bfloat16 to float32. LayerNorm computes in float32; `modulate` then casts to the type of
-the shift, bfloat16, which the next matrix product wants anyway. The embedded timestep c is bfloat16. Without
-autocast everything has the type of the input, so that tests can run in float64.
+**Types.** Under autocast (machine.py) linear maps and attention run in bfloat16. The residual stream x stays
+float32: `patch_embed` gives bfloat16, the float32 position embedding makes it float32, and `x + gate *
+branch` adds bfloat16 to float32. LayerNorm computes in float32; `modulate` casts to the type of the shift,
+bfloat16, as the next product would, and c is bfloat16. Without autocast all has the type of the input.
 
 **Adapters.** If lora_rank > 0, every linear map of attention and MLP has a low-rank one beside it (LoRA,
 arXiv 2106.09685): W x + B A x, with A random and B zero at first, without the usual factor alpha / rank.

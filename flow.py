@@ -13,8 +13,7 @@ and the loss is the mean squared difference of the two, that is, the squared err
 (1 - t)^2 (JiT, arXiv 2511.13720: predict x, weigh it as velocity). 1 - t is not taken below MIN_LEFT.
 
 **The distribution of training timesteps** is logit-normal, sigmoid(N(-1, 0.65)): what a clip shows is decided
-early, in noise. JiT takes N(-0.8, 0.8). In the small batches of a small machine the rare late timesteps,
-whose loss weighs most, seem to drown what the early ones teach.
+early, in noise. JiT takes N(-0.8, 0.8), which draws more of the late timesteps, whose loss weighs most.
 
 **The solver.** A clip is made by following v from pure noise at t = 0 to t = 1. The lines of many clips
 cross, so the path that v describes bends and it takes some steps. `euler` follows the tangent. `heun`

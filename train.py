@@ -1,20 +1,18 @@
 """The training loop: from noise, or from a trained model that continues, to a run.
 
-**The loop.** Rectified flow (flow.py) with AdamW (without weight decay, so Adam); a learning-rate schedule of
-warmup, stable and decay (a plateau can be continued or grown from, a cosine cannot); gradients clipped to
-norm 1; an exponential moving average (EMA) of the weights, which is what is sampled, evaluated and grown;
-matrix products in bfloat16 where the machine is fast at them.
+**The loop.** Rectified flow (flow.py) with AdamW; a learning-rate schedule of warmup, stable and decay (a
+plateau can be continued or grown from, a cosine cannot); gradients clipped to norm 1; an exponential moving
+average (EMA) of the weights, which is sampled, evaluated and grown; products in bfloat16 where that is fast.
 
 **Captions are dropped.** One in ten is replaced by the null prompt, which classifier-free guidance needs. A
-model with an LLM branch loses half of the captions in the small text encoder alone (--drop-text): if MiniLM
-already explains a caption, the new branch gets almost no gradient and its gate stays closed.
+model with an LLM branch loses half of them in the small text encoder alone (--drop-text): if that explains a
+caption already, the new branch gets almost no gradient and its gate stays closed.
 
 **Randomness by number.** The rows, timesteps, noise and dropped captions of a step are functions of (seed,
-step) alone, drawn on the training device. There is no generator state to save: a run that was killed and
-resumed draws what it would have drawn.
+step) alone, drawn on the training device. So a resumed run draws what it would have drawn.
 
 **Nothing waits for the CPU.** Clips (bytes) and caption features lie on the training device if they fit. The
-loop looks at a loss every tenth step only. On a CUDA GPU the step is recorded as a CUDA graph (machine.py).
+loop looks at a loss every tenth step only. On a GPU the step is recorded as a CUDA graph (machine.py).
 
 **Continuing from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and optimizer state
 along and counts its steps (start.py). The learning rate starts where that run ended: one that had decayed is
@@ -360,8 +358,7 @@ def learning_rate(peak, step, steps, warmup, decay=0.3, start=0.0) -> float:
 
 
 def steps_within(args, run: Run) -> int:
-    """How many steps fit into --minutes, judged by the speed of the last steps and the time of a
-    validation."""
+    """How many steps fit into --minutes, by the speed of the last steps and the time of a validation."""
     per_step = args.batch / run.records[-1]["samples_per_second"] + run.pause_seconds / args.every
     left = 60 * args.minutes - run.seconds() - run.pause_seconds
     return run.step + max(0, int(left / per_step))
@@ -415,9 +412,8 @@ def main():
     except RuntimeError as error:
         if not parallel.peer_lost(error):
             raise
-        raise ValueError(
-            f"process {parallel.RANK}: another process of this run ended; use --resume"
-        ) from None
+        message = f"process {parallel.RANK}: another process of this run ended; use --resume"
+        raise ValueError(message) from None
 
 
 if __name__ == "__main__":
