@@ -355,6 +355,7 @@ def faulty(tmp_path, monkeypatch):
     del sys.modules["faulty"]
 
 
+@pytest.mark.slow  # it failed in some long runs of all tests, on a loaded machine; why is not known
 def test_faults_of_processes_are_faults_of_files(tmp_path, faulty):
     bad = ["crash.gif", "exit.gif", "greedy.gif", "hang.gif", "none.gif"]
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", *bad[:-1], "z.gif")
