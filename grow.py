@@ -61,43 +61,12 @@ from dit import DiT
 from machine import run_command
 from proof import report
 from run import Checkpoint, history_tree, load_checkpoint, save_checkpoint
+from stacking import WHERE, stacking_plan
 
 # --------------------------------------------------------------------------------------------------------
 # Operators
 
-WHERE = ("insert", "prefix", "suffix")  # where copied blocks go
 ZEROS = ("gate", "proj", "both", "none")  # which factor of a copied block is zero
-
-
-def stacking_plan(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
-    """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?). `depth` is
-    N, `add` is P, `group` is M. There are N // M groups; the first take the blocks left over, one each.
-    Without M there are min(N, P) groups; the first take the copies left over. Where P divides N, this is the
-    rule of LLaMA-Pro (arXiv 2401.02415). Raises ValueError where groups of M cannot share P copies."""
-    if where not in WHERE:
-        raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
-    if not 1 <= add <= 1024:
-        raise ValueError(f"cannot add {add} blocks; it must be from 1 to 1024")
-    if group is not None and where != "insert":
-        raise ValueError(f"{where} stacking has no groups; group is for insert")
-    old = [(i, False) for i in range(depth)]
-    if where == "prefix":
-        return [(0, True)] * add + old
-    if where == "suffix":
-        return old + [(depth - 1, True)] * add
-    if group is not None and not 1 <= group <= depth:
-        raise ValueError(f"cannot cut {depth} blocks into groups of {group}")
-    groups = depth // group if group else min(add, depth)
-    if group and add % groups:
-        raise ValueError(f"{groups} groups of blocks cannot share {add} copies evenly: add a multiple")
-    plan = []
-    start = 0
-    for i in range(groups):
-        end = start + depth // groups + (i < depth % groups)
-        copies = add // groups + (i < add % groups)
-        plan += old[start:end] + [(end - 1, True)] * copies
-        start = end
-    return plan
 
 
 def grow_depth(model: DiT, add: int, group: int | None = None, where="insert", zero="gate") -> DiT:
@@ -373,7 +342,7 @@ def requested_growths(args: argparse.Namespace, depth: int) -> list[tuple[str, d
 
 def main(argv=None):
     """Grow a checkpoint and prove that nothing changed: `python grow.py runs/base --depth insert`."""
-    from grow_diffusers import grow_folder  # which imports this file
+    from command_diffusers import grow_folder  # only needed for diffusers folders
 
     if grow_folder(argv):
         return

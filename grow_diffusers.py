@@ -11,8 +11,9 @@ the copy in the second. If both are zero, neither ever gets a gradient. So `grow
 a block whose projections are zero already, as in a copy that was never trained, and the other way round.
 
 **No model is built.** The tensors of block i are called LIST.i.NAME. Growth renumbers the blocks by the
-`stacking_plan` of grow.py, copies tensors, zeroes some of the copies, and writes new counts to config.json.
-It reads lazily and writes shard by shard, so the memory is about one shard. Every tensor keeps its type.
+`stacking_plan` of stacking.py, copies tensors, zeroes some of the copies, and writes new counts to
+config.json. It reads lazily and writes shard by shard, so the memory is about one shard. Every tensor keeps
+its type.
 
 **What is special by index** breaks this, and each class has its own traps. `RULES` has the classes that were
 read and tested: each difference in tests/test_grow_diffusers.py is exactly 0, in float32 and bfloat16, with
@@ -54,10 +55,8 @@ Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may r
 adapters, which name blocks of the base.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +65,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from grow import WHERE, stacking_plan
-from machine import run_command
 from run import PICKLES, fsync, history_tree
+from stacking import WHERE, stacking_plan
 
 HISTORY = "_modelgrow"  # an entry of config.json; diffusers ignores and keeps names that begin with _
 TYPES = {"F32": 4, "F16": 2, "BF16": 2}  # type in a safetensors header -> bytes
@@ -671,137 +669,3 @@ def tree_of(config: dict) -> str:
     for event in read_history(config):
         history.append({**event, "new": " ".join(event["new"])})
     return history_tree(history) or f"{config['_class_name']}, never grown"
-
-
-# --------------------------------------------------------------------------------------------------------
-# The command
-
-
-def numbers(text: str) -> list[int]:
-    """ "3,7,11" -> [3, 7, 11]."""
-    return [int(word) for word in text.split(",")]
-
-
-def parse_arguments(argv) -> argparse.Namespace:
-    """The command line. Raises ValueError for options that need another one."""
-    about = "Grow a diffusers model or pipeline on the disk. Without --depth or --at, print its history."
-    parser = argparse.ArgumentParser(description=about)
-    option = parser.add_argument
-    option("folder", help="folder of a diffusers model, or of a pipeline with a transformer")
-    option("--depth", choices=WHERE, help="more blocks, and where they go")
-    option("--add", type=numbers, metavar="N[,N]", help="for --depth: blocks to add, in all or for each list")
-    option("--at", type=numbers, metavar="N,N,...", help="copy exactly these blocks, each right after itself")
-    option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
-    option("--out", help="folder for the grown model; it must not exist")
-    option("--check", action="store_true", help="load both with diffusers and compare their outputs")
-    option("--importance", action="store_true", help="only print how much each block changes its tokens")
-    args = parser.parse_args(argv)
-    if args.depth and args.at:
-        raise ValueError("--depth says where blocks go, and so does --at: give one of them")
-    asked = args.depth or args.at
-    if asked and args.importance:
-        raise ValueError("--importance does not grow: look at it first, then grow")
-    for name in ("add", "zero", "out", "check"):
-        if getattr(args, name) and not asked:
-            raise ValueError(f"--{name} is for a growth: give --depth or --at too")
-    if asked and not args.out:
-        raise ValueError("name a folder for the grown model with --out")
-    if args.depth and not args.add:
-        raise ValueError("say how many blocks to add, with --add")
-    return args
-
-
-def peak_memory() -> str:
-    """The most memory that this process has had so far."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return "unknown"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return f"{peak * unit / 2**20:,.0f} MB"
-
-
-def report(summary: Summary) -> list[str]:
-    """What a growth has done, as lines."""
-    lines = []
-    for count, (before, after) in summary.changed.items():
-        lines.append(f"{count}: {before} -> {after} blocks")
-    before, after = summary.parameters
-    lines.append(f"parameters: {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M")
-    lines.append(f"new blocks: {' '.join(summary.new)}")
-    files = "1 file" if summary.files == 1 else f"{summary.files} files"
-    lines.append(f"written: {summary.size / 1e6:,.1f} MB in {files}, peak memory {peak_memory()}")
-    return lines
-
-
-def loading_lines(out: Path, summary: Summary, name: str) -> list[str]:
-    """Four lines of Python that load a grown model and name its new parameters."""
-    lines = ["import torch, diffusers"]
-    if summary.folder == out:
-        lines.append(f'model = diffusers.{name}.from_pretrained("{out}", torch_dtype=torch.bfloat16)')
-    else:
-        lines.append(
-            f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.bfloat16)'
-        )
-    model = "model" if summary.folder == out else "pipe.transformer"
-    blocks = ", ".join(f'"{block}."' for block in summary.new)
-    lines.append(f"blocks = ({blocks},)")
-    lines.append(f"new = [p for name, p in {model}.named_parameters() if name.startswith(blocks)]")
-    return lines
-
-
-def check_lines(base: Path, grown: Path) -> list[str]:
-    """The largest difference of two models, as a line. Raises ValueError if they are not the same."""
-    from proof_diffusers import largest_difference
-
-    difference, largest = largest_difference(base, grown)
-    verdict = "the same bits" if difference == 0 else "the same up to rounding"
-    if not difference <= 0.01 * largest:
-        raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
-    return [f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"]
-
-
-def importance_lines(path: str) -> list[str]:
-    """1 - cos(input, output) of each block, with its number for --at."""
-    from proof_diffusers import importance
-
-    lines = ["--at  1 - cos(input, output)"]
-    for number, (block, value) in enumerate(importance(path).items()):
-        lines.append(f"{number:4}  {value:.4f}  {block}")
-    return lines
-
-
-def grow_folder(argv) -> bool:
-    """The part of grow.py's command that is done here: whether a word of `argv` (None: of the command line)
-    is a diffusers folder or --importance. Then `main` is run."""
-    words = sys.argv[1:] if argv is None else argv
-    found = "--importance" in words or any(is_diffusers(word) for word in words)
-    if found:
-        main(words)
-    return found
-
-
-def main(argv=None):
-    """Grow a diffusers model: `python grow.py FOLDER --depth insert --add 6 --out OUT`."""
-    args = parse_arguments(argv)
-    if args.importance:
-        print("\n".join(importance_lines(args.folder)))
-        return
-    folder = model_folder(args.folder)
-    if not args.out:
-        config = read_json(folder / "config.json")
-        print(tree_of(config))
-        return
-    add = args.add[0] if args.add and len(args.add) == 1 else args.add
-    summary = grow(args.folder, args.out, add, args.depth or "insert", args.zero, args.at)
-    lines = report(summary)
-    config = read_json(summary.folder / "config.json")
-    if args.check:
-        lines += check_lines(folder, summary.folder)
-    lines += [tree_of(config), "", *loading_lines(Path(args.out), summary, config["_class_name"])]
-    print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    run_command(main, memory_hint="a shard must fit")

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import command_diffusers
 import grow as grow_module
 import grow_diffusers
 from conftest import random_model, randomize
@@ -470,7 +471,7 @@ def test_other_files_are_copied(folders, tmp_path):
     assert is_diffusers(pipeline) and not is_diffusers(pipeline / "vae") and not is_diffusers(tmp_path)
     summary = grow(pipeline, tmp_path / "out", 1)
     assert summary.folder == tmp_path / "out/transformer"
-    lines = grow_diffusers.loading_lines(tmp_path / "out", summary, "WanTransformer3DModel")
+    lines = command_diffusers.loading_lines(tmp_path / "out", summary, "WanTransformer3DModel")
     assert len(lines) == 4 and "DiffusionPipeline" in lines[1] and "pipe.transformer" in lines[3]
     files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert files == [

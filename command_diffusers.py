@@ -1,0 +1,140 @@
+"""The command of grow_diffusers.py: `python grow.py FOLDER --depth insert --add 6 --out OUT`.
+
+grow.py passes a folder of diffusers on to `grow_folder`. The command grows it, prints what has changed, and
+on request compares both models (proof_diffusers.py). Left out: anything but depth growth.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from grow_diffusers import Summary, grow, is_diffusers, model_folder, read_json, tree_of
+from machine import run_command
+from proof_diffusers import importance, largest_difference
+from stacking import WHERE
+
+
+def numbers(text: str) -> list[int]:
+    """ "3,7,11" -> [3, 7, 11]."""
+    return [int(word) for word in text.split(",")]
+
+
+def parse_arguments(argv) -> argparse.Namespace:
+    """The command line. Raises ValueError for options that need another one."""
+    about = "Grow a diffusers model or pipeline on the disk. Without --depth or --at, print its history."
+    parser = argparse.ArgumentParser(description=about)
+    option = parser.add_argument
+    option("folder", help="folder of a diffusers model, or of a pipeline with a transformer")
+    option("--depth", choices=WHERE, help="more blocks, and where they go")
+    option("--add", type=numbers, metavar="N[,N]", help="for --depth: blocks to add, in all or for each list")
+    option("--at", type=numbers, metavar="N,N,...", help="copy exactly these blocks, each right after itself")
+    option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
+    option("--out", help="folder for the grown model; it must not exist")
+    option("--check", action="store_true", help="load both with diffusers and compare their outputs")
+    option("--importance", action="store_true", help="only print how much each block changes its tokens")
+    args = parser.parse_args(argv)
+    if args.depth and args.at:
+        raise ValueError("--depth says where blocks go, and so does --at: give one of them")
+    asked = args.depth or args.at
+    if asked and args.importance:
+        raise ValueError("--importance does not grow: look at it first, then grow")
+    for name in ("add", "zero", "out", "check"):
+        if getattr(args, name) and not asked:
+            raise ValueError(f"--{name} is for a growth: give --depth or --at too")
+    if asked and not args.out:
+        raise ValueError("name a folder for the grown model with --out")
+    if args.depth and not args.add:
+        raise ValueError("say how many blocks to add, with --add")
+    return args
+
+
+def peak_memory() -> str:
+    """The most memory that this process has had so far."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "unknown"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return f"{peak * unit / 2**20:,.0f} MB"
+
+
+def report(summary: Summary) -> list[str]:
+    """What a growth has done, as lines."""
+    lines = []
+    for count, (before, after) in summary.changed.items():
+        lines.append(f"{count}: {before} -> {after} blocks")
+    before, after = summary.parameters
+    lines.append(f"parameters: {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M")
+    lines.append(f"new blocks: {' '.join(summary.new)}")
+    files = "1 file" if summary.files == 1 else f"{summary.files} files"
+    lines.append(f"written: {summary.size / 1e6:,.1f} MB in {files}, peak memory {peak_memory()}")
+    return lines
+
+
+def loading_lines(out: Path, summary: Summary, name: str) -> list[str]:
+    """Four lines of Python that load a grown model and name its new parameters."""
+    lines = ["import torch, diffusers"]
+    if summary.folder == out:
+        lines.append(f'model = diffusers.{name}.from_pretrained("{out}", torch_dtype=torch.bfloat16)')
+    else:
+        lines.append(
+            f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.bfloat16)'
+        )
+    model = "model" if summary.folder == out else "pipe.transformer"
+    blocks = ", ".join(f'"{block}."' for block in summary.new)
+    lines.append(f"blocks = ({blocks},)")
+    lines.append(f"new = [p for name, p in {model}.named_parameters() if name.startswith(blocks)]")
+    return lines
+
+
+def check_lines(base: Path, grown: Path) -> list[str]:
+    """The largest difference of two models, as a line. Raises ValueError if they are not the same."""
+    difference, largest = largest_difference(base, grown)
+    verdict = "the same bits" if difference == 0 else "the same up to rounding"
+    if not difference <= 0.01 * largest:
+        raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
+    return [f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"]
+
+
+def importance_lines(path: str) -> list[str]:
+    """1 - cos(input, output) of each block, with its number for --at."""
+    lines = ["--at  1 - cos(input, output)"]
+    for number, (block, value) in enumerate(importance(path).items()):
+        lines.append(f"{number:4}  {value:.4f}  {block}")
+    return lines
+
+
+def grow_folder(argv) -> bool:
+    """The part of grow.py's command that is done here: whether a word of `argv` (None: of the command line)
+    is a diffusers folder or --importance. Then `main` is run."""
+    words = sys.argv[1:] if argv is None else argv
+    found = "--importance" in words or any(is_diffusers(word) for word in words)
+    if found:
+        main(words)
+    return found
+
+
+def main(argv=None):
+    """Grow a diffusers model: `python grow.py FOLDER --depth insert --add 6 --out OUT`."""
+    args = parse_arguments(argv)
+    if args.importance:
+        print("\n".join(importance_lines(args.folder)))
+        return
+    folder = model_folder(args.folder)
+    if not args.out:
+        config = read_json(folder / "config.json")
+        print(tree_of(config))
+        return
+    add = args.add[0] if args.add and len(args.add) == 1 else args.add
+    summary = grow(args.folder, args.out, add, args.depth or "insert", args.zero, args.at)
+    lines = report(summary)
+    config = read_json(summary.folder / "config.json")
+    if args.check:
+        lines += check_lines(folder, summary.folder)
+    lines += [tree_of(config), "", *loading_lines(Path(args.out), summary, config["_class_name"])]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main, memory_hint="a shard must fit")
