@@ -67,15 +67,11 @@ def flow_loss(model, x, t, noise, prompt):
     return error.square().mean((1, 2, 3, 4))
 
 
-@torch.no_grad()
-def validation_loss(model, dataset, prompts, precision=None):
-    """The loss on every clip of `dataset`, at fixed noise and at timesteps distributed as in training ->
-    (T_BINS,) means over equally likely slices of the timesteps, on the CPU: which part of the way from noise
-    to clip is hard. Of few clips each is taken several times. The draws come from the CPU, so that the
-    numbers agree on all machines. `precision` is the autocast type, None for float32."""
-    device = next(model.parameters()).device
+def validation_batches(dataset, prompts, device):
+    """The clips of `dataset` at fixed noise and at timesteps distributed as in training -> for 64 clips at a
+    time the x, t, noise and prompt of `flow_loss`, on the device. Of few clips each is taken several times.
+    The draws come from the CPU, so that the numbers agree on all machines."""
     generator = torch.Generator().manual_seed(0)
-    losses = []
     for rows in torch.arange(max(len(dataset), 8 * T_BINS)).split(64):
         quantiles = (rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS
         t = logit_normal(torch.special.ndtri(quantiles))
@@ -83,11 +79,27 @@ def validation_loss(model, dataset, prompts, precision=None):
         x = dataset.batch(rows)
         noise = torch.randn(x.shape, generator=generator)
         prompt = prompts.batch([dataset.captions[i] for i in rows.tolist()])
+        yield x.to(device), t.to(device), noise.to(device), prompt
+
+
+@torch.no_grad()
+def loss_by_timestep(model, batches, precision=None):
+    """The loss on `validation_batches` -> (T_BINS,) means over equally likely slices of the timesteps, on the
+    CPU: which part of the way from noise to clip is hard. `precision` is the autocast type, None for
+    float32."""
+    device = next(model.parameters()).device
+    losses = []
+    for batch in batches:
         with autocast(device, precision):
-            loss = flow_loss(model, x.to(device), t.to(device), noise.to(device), prompt)
-        losses.append(loss)
+            losses.append(flow_loss(model, *batch))
     losses = torch.cat(losses).cpu()
     return torch.stack([losses[b::T_BINS].mean() for b in range(T_BINS)])
+
+
+def validation_loss(model, dataset, prompts, precision=None):
+    """`loss_by_timestep` on every clip of `dataset`, from fresh `validation_batches`."""
+    batches = validation_batches(dataset, prompts, next(model.parameters()).device)
+    return loss_by_timestep(model, batches, precision)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -62,26 +62,12 @@ def validate(tr: Training, run: Run):
     draw_samples(tr, ema, run.folder / "samples" / f"step_{run.step:06d}.gif")
 
 
-def save(args, tr: Training, run: Run):
-    """Write the checkpoint of this step. Raises Diverged instead if a loss is not finite."""
-    losses = run.check_losses()
-    event = {
-        "train": args.data,
-        "steps": run.step,
-        "captions": args.captions,
-        "tune": tr.tune,
-        "seed": args.seed,
-    }
-    metadata = {**tr.metadata, "flops": tr.flops_at(run.step), "history": [*tr.metadata["history"], event]}
-    state = {
-        **tr.trainer_state,
-        "step": run.step,
-        "seconds": run.seconds(),
-        "lr": tr.lr.item(),
-        "losses": losses,
-    }
-    if run.total < math.inf:
-        state |= {"total": run.total, "minutes": args.minutes}
+def snapshot(args, tr: Training, step: int, **numbers) -> Checkpoint:
+    """The training after `step` steps, on the CPU; `numbers` are added to the trainer state."""
+    event = {"train": args.data, "steps": step, "captions": args.captions, "tune": tr.tune, "seed": args.seed}
+    history = [*tr.metadata["history"], event]
+    metadata = {**tr.metadata, "flops": tr.flops_at(step), "history": history}
+    state = {**tr.trainer_state, "step": step, "lr": tr.lr.item(), **numbers}
     state["scaler"] = tr.scaler.state_dict()  # empty but in float16
     optimizer_state = {}
     for name, parameter in tr.model.named_parameters():
@@ -89,7 +75,15 @@ def save(args, tr: Training, run: Run):
             entry = tr.optimizer.state[parameter].items()
             optimizer_state[name] = {kind: parallel.whole(tensor).cpu() for kind, tensor in entry}
     model, ema = whole_model(tr.model, "cpu"), whole_model(tr.ema, "cpu")
-    run.save(Checkpoint(model, ema, optimizer_state, metadata, state))
+    return Checkpoint(model, ema, optimizer_state, metadata, state)
+
+
+def save(args, tr: Training, run: Run):
+    """Write the checkpoint of this step. Raises Diverged instead if a loss is not finite."""
+    numbers = {"losses": run.check_losses(), "seconds": run.seconds()}
+    if run.total < math.inf:
+        numbers |= {"total": run.total, "minutes": args.minutes}
+    run.save(snapshot(args, tr, run.step, **numbers))
 
 
 def validate_and_save(args, tr: Training, run: Run):
