@@ -299,7 +299,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     about = "Grow a checkpoint, in the order of this list, and prove it. Without a growth, print its history."
     parser = argparse.ArgumentParser(description=about)
     option = parser.add_argument
-    option("checkpoint", help="run or checkpoint (for a diffusers folder, see grow_diffusers.py --help)")
+    option("checkpoint", help="run or checkpoint (for a diffusers folder, see command_diffusers.py --help)")
     option("--merge", action="store_const", const=True, help="add the product of adapters to the weights")
     option("--depth", choices=WHERE, help="more blocks, and where they go")
     option("--add", type=int, help="for --depth: blocks to add [as many as there are]")
