@@ -2,23 +2,23 @@
 
     attention(q, k, v) = softmax(q k^T / sqrt(d)) v
 
-Three lines, and everything a transformer knows about space, time and language goes through them: each query
-asks all keys, the softmax turns the answers into weights that sum to one, and the values are averaged with
-those weights. The scale 1/sqrt(d) keeps the variance of q k^T at one when the entries of q and k have
+Everything a transformer knows about space, time and language goes through this line. Each query is compared
+with all keys, the softmax turns the scores into weights that sum to one, and the values are averaged with
+these weights. The scale 1/sqrt(d) keeps the variance of q k^T at one when the entries of q and k have
 variance one.
 
-Three backends compute the same function. `eager` is the maths, written out; it stores the (N, L) matrix of
-weights, which costs memory quadratic in the number of tokens and is the way to read. `sdpa` is torch's fused
-`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `sdpa`; but with gradients
-in bfloat16 on a CPU and no more than 256 keys it is `eager`, since the backward of the fused one is slow
-there (`python -m lab.bench attention` compares them).
+Three backends compute the same function. `eager` is the maths, written out: read this one first. It stores
+the (N, L) matrix of weights, so its memory is quadratic in the number of tokens. `sdpa` is torch's fused
+`scaled_dot_product_attention`. `triton` is the kernel below, for a GPU. `auto` is `sdpa`, with one exception:
+training in bfloat16 on a CPU with at most 256 keys uses `eager`, because the fused backward is slow there
+(`python -m lab.bench attention` compares them).
 
 **The kernel** (FlashAttention-2, arXiv 2307.08691) never stores the matrix. Fast memory on the chip holds a
 *tile* of a few dozen queries, or keys, at a time. A program takes one tile of queries and walks over the
 keys, tile by tile, with three running values per query: the largest score m so far, the sum l of
 exp(score - m), and the sum of the values weighted by exp(score - m). When a larger m turns up, what was
-summed is multiplied by exp(m_old - m_new): the online softmax. At the end the last one over l is the result,
-and m + log l is kept, one number per query.
+summed is multiplied by exp(m_old - m_new): the online softmax. At the end the weighted sum over l is the
+result. The logarithm of the sum of exponentials, m + log l, is kept, one number per query.
 
 **Its backward** needs the weights again, and recomputes them: with that number p = exp(score - m - log l) is
 one exponential, cheaper than reading N x L weights from slow memory. With o the output and do its gradient,
@@ -26,7 +26,7 @@ one exponential, cheaper than reading N x L weights from slow memory. With o the
     dv = p^T do,   dp = do v^T,   ds = p * (dp - sum(do * o)),   dq = ds k / sqrt(d),   dk = ds^T q / sqrt(d)
 
 Two kernels: one walks over keys and sums dq for a tile of queries, the other walks over queries and sums dk
-and dv for a tile of keys. Nobody adds to what somebody else adds to, so the result is the same each time.
+and dv for a tile of keys. No two programs add to the same number, so the result is deterministic.
 
 Exponentials are of base 2, which is what the hardware has. 1 / log 2 goes into the scale, and the scale into
 the exponent, where one instruction multiplies and adds. Products are of the tensors' own type, and sums are
@@ -35,13 +35,13 @@ in float32. Masked keys and those beyond the end get the score -inf.
 **What makes it fast.** The sizes of the tiles decide how much fast memory and how many registers a program
 needs, hence how many programs run at once and hide each other's waiting. The best sizes depend on the GPU,
 the head size and the pass, so they stand in a table. Where the lengths are multiples of the tiles, nothing
-is masked. Queries, keys and values are read where they lie, through their strides. The sum of do * o is made
-by the kernel for dq, which has both at hand, and read by the one for dk and dv.
+is masked. Queries, keys and values are read in place, through their strides. The kernel for dq computes the
+sum of do * o, since it loads both, and the kernel for dk and dv reads it.
 
-Unlike the attention of big libraries there is no causal mask, no dropout, no cache and no tuning of tiles by
-trial: a video diffusion model sees the whole clip at once. The only mask is one over keys, since prompts in a
-batch have different lengths. Left out too, though newer GPUs have it: loads by the tensor memory accelerator,
-and warps that only load while others compute (FlashAttention-3, arXiv 2407.08608).
+Left out, compared with the attention of big libraries: causal masks, dropout, caches and autotuning. A video
+diffusion model sees the whole clip at once; the only mask is one over keys, since prompts in a batch differ
+in length. Left out too, though newer GPUs have it: loads by the tensor memory accelerator, and warps that
+only load while others compute (FlashAttention-3, arXiv 2407.08608).
 """
 
 import math
@@ -66,8 +66,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def attention(q, k, v, mask=None, backend="auto"):
     """Scaled dot-product attention ("Attention Is All You Need", arXiv 1706.03762, equation 1).
 
-    q (B, heads, N, d), k and v (B, heads, L, d), mask (B, L) bool, True = this key may be looked at, at least
-    one True per row (a row without any has no defined average) -> (B, heads, N, d) in q's dtype.
+    q (B, heads, N, d), k and v (B, heads, L, d), mask (B, L) bool, True = attend to this key, at least one
+    True per row (a row without any has no defined average) -> (B, heads, N, d) in q's dtype.
     Raises ValueError for an unknown backend, and for what `triton` cannot do.
     """
     if backend not in BACKENDS:
@@ -250,8 +250,8 @@ if triton:
 
 
 class TritonAttention(torch.autograd.Function):
-    """The kernels as a function of torch, with a gradient. Inputs as `attention`, all of one type; views are
-    welcome. Results lie in memory as (B, N, heads, d), as the linear maps before and after want them."""
+    """The kernels as a function of torch, with a gradient. Inputs as `attention`, all of one type; they need
+    not be contiguous. Results lie in memory as (B, N, heads, d), as the linear maps before and after do."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
