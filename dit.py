@@ -20,11 +20,12 @@ that a narrow network can represent, noise does not.
 
 with modulate(x) = norm(x) * (1 + scale) + shift. Shift, scale and gate are linear in the embedded timestep
 (adaLN-zero of DiT, arXiv 2212.09748, one map per block). The gate is the **only** zero factor of a branch: at
-the start it is zero and the output projection is not. Growth relies on this: a branch with one zero factor is
-silent but learns; a branch with two zero factors gets no gradient, ever.
+the start it is zero and the output projection is not. Growth relies on this: a branch with one zero factor
+adds nothing, but it gets a gradient and learns; a branch with two zero factors gets no gradient, ever.
 
-**Timestep.** Sines and cosines of 1000 t, from one radian per 0.001 of t on, then an MLP. A slower embedding,
-of 20 t, had the same loss and drew fewer prompts right (README, *Choices that were measured*).
+**Timestep.** Sines and cosines of 1000 t, then an MLP. DiT's frequencies are made for the 1000 timesteps of
+DDPM (arXiv 2006.11239), and 1000 t brings t to that scale. A slower embedding, of 20 t, had the same loss and
+drew fewer prompts right (docs/choices.md).
 
 **Positions.** Rotary, in 3-D: the channel pairs of a head are split between time, height and width, and are
 rotated by position times frequency, so that q k^T depends on differences of positions. A rotation does not
@@ -59,7 +60,7 @@ from attention import attention
 
 TIME_SCALE = 1000  # radians per unit of t of the fastest sine of the timestep
 TIME_DIM = 128  # sines and cosines of t; with 256 the loss near t = 1, rarely drawn, grew during training
-ROPE_PERIOD = 100.0  # the slowest rotation has a period of 2 pi times as many patches
+ROPE_PERIOD = 100.0  # rotations fall from 1 radian per patch to a little more than 1 / ROPE_PERIOD
 MOST_PIXELS = 2**28  # of a clip; a checkpoint from elsewhere may ask for anything
 
 # --------------------------------------------------------------------------------------------------------

@@ -13,22 +13,24 @@ and the loss is the mean squared difference of the two, that is, the squared err
 (1 - t)^2 (JiT, arXiv 2511.13720: predict x, weigh it as velocity). 1 - t is not taken below MIN_LEFT.
 
 **The distribution of training timesteps** is logit-normal, sigmoid(N(-1, 0.65)): what a clip shows is decided
-early, in noise. JiT takes N(-0.8, 0.8), which draws more of the late timesteps, whose loss weighs most.
+early, where x_t is mostly noise. JiT takes N(-0.8, 0.8), which draws more late timesteps, whose loss weighs
+most (docs/choices.md compares them).
 
 **The solver.** A clip is made by following v from pure noise at t = 0 to t = 1. The lines of many clips
-cross, so the path that v describes bends and it takes some steps. `euler` follows the tangent. `heun`
+cross, so the path that v describes bends, and several steps are needed. `euler` follows the tangent. `heun`
 averages the tangents at both ends of a step: two evaluations, and an error of second order. The last step is
 always Euler's and lands exactly on the predicted clip, so that nothing is divided by zero. It begins at t =
-LAST_STEP, and the other steps divide the time before it evenly: later timesteps are hardly ever drawn in
-training.
+LAST_STEP, because later timesteps are hardly ever drawn in training. The other steps divide the time before
+it evenly.
 
-**Classifier-free guidance** (arXiv 2207.12598). The model was also trained with the null prompt, so it knows
-what clips look like in general. Moving away from that sharpens what the prompt adds:
+**Classifier-free guidance** (arXiv 2207.12598). The model was also trained with the null prompt, so it makes
+an unconditional prediction too: what clips look like in general. Moving away from it sharpens what the prompt
+adds:
 
     x = x_uncond + guidance (x_cond - x_uncond)
 
-Guidance 1 means none. It acts within an interval of timesteps only (arXiv 2404.07724): near t = 0 it takes
-variety away, near t = 1 it changes nothing and costs time.
+Guidance 1 means none. It acts within an interval of timesteps only (arXiv 2404.07724): near t = 0 it reduces
+variety, near t = 1 it changes nothing and costs time.
 
 Left out: other paths than the straight line, other predictions than the clip, pairing of noise with clips,
 distilled and adaptive solvers, negative prompts, image conditioning.
