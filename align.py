@@ -1,9 +1,9 @@
 """From one text encoder to another: a linear map, in closed form.
 
 A model that reads with a small encoder gets an LLM (`--grow llm`, ModelGrow, arXiv 2412.18966, figure 2). Its
-new cross-attention is a copy of the one to the text, but it cannot read the LLM's features: the same words
-are other vectors. A randomly initialized embedding would have to be trained, and some attributes of a prompt
-were not learned in 4,000 steps (README, *A language model reads the prompt*).
+new cross-attention is a copy of the one to the text, but it cannot read the LLM's features: the LLM encodes
+the same words in other vectors. A randomly initialized embedding would have to be trained, and some
+attributes of a prompt were not learned in 4,000 steps (docs/language.md).
 
 But both encoders read the same captions. So most of the features of one follow from those of the other by a
 linear map y = W x + b. With this map in front, the embedding of the text also serves the LLM. `align` sets
@@ -38,7 +38,7 @@ from dit import DiT, layer_norm
 from machine import run_command
 from text_encoder import LLM_LAYERS, Prompts, cached_features, located
 
-CAPTIONS = 2048  # that are read, at most
+CAPTIONS = 2048  # to fit on, at most
 BATCH = 256  # captions at a time
 ROUNDS = 3  # fits with the closest tokens
 RIDGE = 0.01  # relative to the mean variance of a channel of x
@@ -100,9 +100,9 @@ def translate(prompts, captions):
 
 @torch.no_grad()
 def align(models: tuple[DiT, ...], prompts, captions: list[str]):
-    """Initialize a zero-gated LLM branch so that it reads as the branch to the text does, in place, in each
-    of `models`. Their outputs do not change. prompts: the `Prompts` of text_encoder.py that hold `captions`,
-    of which at most CAPTIONS are read."""
+    """Initialize the zero-gated LLM branch of each of `models`, in place: its embedding is that of the text
+    after the linear map. Their outputs do not change. prompts: the `Prompts` of text_encoder.py that hold
+    `captions`, of which at most CAPTIONS are used."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(captions), generator=generator)  # short and detailed ones may alternate
     W, b = translate(prompts, [captions[i] for i in order[:CAPTIONS]])

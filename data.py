@@ -145,7 +145,7 @@ PROMPTS = (  # train.py samples them with fixed noise; the last four have held-o
 
 def make_scene(which: str, seed: int, pairs: str = "train") -> Scene:
     """A random scene of set `which`, "basic" or "rich". `pairs` of kind and motion: "train" avoids
-    HELD_OUT_PAIRS, "held_out" takes only them (basic only), "all" takes any."""
+    HELD_OUT_PAIRS, "held_out" takes only them (one actor: basic only), "all" takes any."""
     rng = np.random.default_rng([seed, ("basic", "rich").index(which)])
     rich = which == "rich"
     number = int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3])) if rich else 1

@@ -1,10 +1,10 @@
 """Drawing the toy world: from a scene to pixels, with nothing but formulas.
 
 A shape is a *signed distance function*: a formula for the distance of a point to the edge of the shape,
-negative inside. The part of a pixel that a shape covers is then about clamp(1/2 - distance in pixels, 0, 1).
-This is anti-aliasing without supersampling, and it works at every size: the same cat at 32x32 to train on and
-at 128x128 to look at. An actor is a short list of shapes. They are painted in order over their own dark
-outline, like a sticker. Motion moves, rotates and scales the coordinates of the pixels, never the picture.
+negative inside. So the share of a pixel that the shape covers is about clamp(1/2 - distance in pixels, 0, 1).
+This is antialiasing without supersampling, and it works at every size: the same cat at 32x32 to train on and
+at 128x128 to look at. An actor is a short list of shapes, painted in order over their own dark outline, like
+a sticker. Motion moves, rotates and scales the coordinates of the pixels, never the picture.
 
     pixel grid --camera--> world (x right, y down) --place, size, angle--> coordinates of the actor
 

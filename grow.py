@@ -23,9 +23,9 @@ first block go before the stack. *Suffix*: P copies of the last block go after i
 A copy keeps the weights of a trained block, but it must not act yet: x + gate * branch(x) is x if one factor
 is zero. The paper does not say which. Here it is the gate rows of the adaLN map (`zero="gate"`), as in
 adaLN-zero, or the output projections (`"proj"`), weights **and biases**. Zero one factor, not both: a zero
-gate on a live branch gets a gradient at once, and the rest of the copy follows one step later. If both are
-zero (`"both"`), neither ever gets a gradient. `"none"` is plain stacking: it keeps the weights but not the
-function.
+gate of a nonzero branch gets a gradient in the first step, and the rest of the copy in the second. If both
+are zero (`"both"`), neither ever gets a gradient. `"none"` is plain stacking: it keeps the weights but not
+the function.
 
 **Width.** Each channel x becomes n equal channels. Then a linear map W has to become
 
@@ -256,9 +256,9 @@ def grow_optimizer_state(state: dict, base: DiT, grown: DiT, sources: dict[str, 
 @torch.no_grad()
 def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     """Grow weights, EMA and optimizer state by one map, and add the growth to the history in the metadata.
-    `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names what the
-    last growths have made, without a training between them. Raises ValueError for an unknown operator, and
-    for adapters on new parameters: they would freeze them while these are still zero."""
+    `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names the
+    parameters made by all growths since the last training. Raises ValueError for an unknown operator, and for
+    adapters on new parameters, which would be frozen while they are still zero."""
     if operator not in OPERATORS:
         raise ValueError(f"no growth is called {operator!r}; there are {', '.join(OPERATORS)}")
     metadata = {"history": [], "new": [], **checkpoint.metadata}
@@ -283,7 +283,7 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     changed = {field: [before[field], after[field]] for field in before if before[field] != after[field]}
     metadata["history"] = [*history, {"grow": operator, **options, "changed": changed}]
     new = [name for name, _ in model.named_parameters() if name not in sources]
-    if untrained or not new:  # what an earlier growth made is new still
+    if untrained or not new:  # parameters of an earlier growth still count as new
         earlier = set(metadata["new"])
         new += [name for name, source in sources.items() if source in earlier]
     metadata["new"] = new

@@ -1,8 +1,8 @@
 """The proof of a growth: how large two models are, and how much their outputs differ.
 
 grow.py prints it before it writes a grown checkpoint. Random clips, timesteps and prompts are enough: a new
-branch that acts too early changes every output. The models are those of the checkpoint, so nobody has to
-believe that a test on other weights says something about these.
+branch that is not zero changes every output. The models are those of the checkpoint, so the proof does not
+rest on tests with other weights.
 
 Left out: float64, and a table of all operators. tests/test_grow.py checks each of them in both precisions, on
 random models without a zero weight.

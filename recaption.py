@@ -2,7 +2,7 @@
 
 A model that was trained on detailed captions is asked with short prompts. ModelGrow (arXiv 2412.18966, figure
 2) lets the LLM that reads the prompt bridge that gap (`sample.py --recaption`). It gets ModelGrow's
-instruction and three examples, and its reply is begun for it with the prompt itself:
+instruction and three examples, and its reply has to begin with the prompt itself:
 
     user       Rewrite the prompt ...  Prompt: two children flying a kite
     assistant  two children flying a kite on a wide grassy hill. ...

@@ -1,7 +1,8 @@
 """Where new blocks go: the stacking plan of ModelGrow (arXiv 2412.18966, figure 3).
 
-grow.py uses it for models of this project and grow_diffusers.py for checkpoints on disk, so it stands alone.
-Left out: plans that look at the weights.
+grow.py uses it for models of this project, and has a picture; grow_diffusers.py uses it for checkpoints on
+disk. Left out: stacking whole models on top of each other (G_stack, arXiv 2405.15319), and plans that depend
+on the weights.
 """
 
 WHERE = ("insert", "prefix", "suffix")  # where copied blocks go
