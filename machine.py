@@ -5,9 +5,9 @@ files be kept that are expensive to compute? And how does a program end when the
 answers stand here once. Nothing in this file knows about models, videos or text.
 
 **Precision.** Weights, optimizer state and EMA are float32. Matrix products run in bfloat16 under
-`torch.autocast` where the machine multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), and
-in float32 elsewhere. A CPU without these instructions was 90 times slower in bfloat16. Older GPUs can train
-in float16, whose range is small: there the loss is scaled (`torch.amp.GradScaler`, train.py).
+`torch.autocast` where the machine multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX). A CPU
+without these instructions was 90 times slower in bfloat16, so it computes in float32. Older NVIDIA GPUs
+train in float16, whose range is small: there the loss is scaled (`torch.amp.GradScaler`, train.py).
 
 **Where data lies.** A data set is a large tensor of bytes. `RowStore` keeps it on the training device if it
 fits, and fetches rows ahead of their step if it does not, so that the device never waits for the CPU.
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-RESIDENT_SHARE = 0.4  # of a GPU's memory that a data set may take
+RESIDENT_SHARE = 0.25  # of a GPU's memory that a data set may take; the model needs the rest
 WARMUP_CALLS = 3  # of a step before it is recorded: libraries allocate and tune at first calls
 
 
@@ -52,17 +52,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def bf16_is_fast(device_type: str) -> bool:
-    """Whether this machine has instructions for products in bfloat16."""
+    """Whether a CUDA GPU or the CPU has instructions for products in bfloat16; False for other devices."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     """ "auto" or a name of PRECISIONS -> the type of matrix products under `autocast`; None means float32
-    throughout. "auto" is bfloat16 where the machine multiplies it fast."""
+    throughout. "auto" is bfloat16 where the machine multiplies it fast, and float16 on other CUDA GPUs."""
     if name == "auto":
-        name = "bf16" if bf16_is_fast(device.type) else "fp32"
+        without = "fp16" if device.type == "cuda" else "fp32"
+        name = "bf16" if bf16_is_fast(device.type) else without
     return PRECISIONS[name]
 
 
@@ -71,11 +74,18 @@ def autocast(device: torch.device, precision: torch.dtype | None):
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
 
 
+def card(device: torch.device) -> tuple[str, int] | None:
+    """The name of a CUDA GPU and the bytes of its memory; None for other devices."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory
+
+
 def fits(size: int, device: torch.device) -> bool:
     """Whether a data set of `size` bytes may lie on the device: it leaves room for the model."""
-    if device.type != "cuda":
-        return True
-    return size < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[1]
+    found = card(device)
+    return found is None or size < RESIDENT_SHARE * found[1]
 
 
 class RowStore:
@@ -94,6 +104,10 @@ class RowStore:
             self.tensor, self.rows = tensor[self.rows].to(device), torch.arange(len(rows))
         else:
             self.pool = ThreadPoolExecutor(1)  # one reader of a file is as fast as several
+
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return 0 if self.pool else self.tensor.nbytes
 
     def pinned(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the store in memory that the device can read while it computes."""

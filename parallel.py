@@ -24,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
-def start(batch: int, device: str):
+def start(batch: int | None, device: str):
     """Join the processes of torchrun, with a GPU each unless `device` is "cpu". Raises ValueError if there
-    are too few GPUs, or if a batch of `batch` clips cannot be shared evenly."""
+    are too few GPUs, or if a batch of `batch` clips cannot be shared evenly; None: it is not known yet."""
     if WORLD == 1 or dist.is_initialized():
         return
-    if batch % WORLD:
+    if batch and batch % WORLD:
         raise ValueError(f"--batch {batch} cannot be shared by {WORLD} processes: it must be a multiple")
     on_gpus = torch.cuda.is_available() and device != "cpu"
     if on_gpus:

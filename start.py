@@ -7,10 +7,15 @@ order:
     open_data        clips to train on and clips held out, rendered (data.py) or decoded (clips.py)
     prompts          the features of all captions (text_encoder.py)
     build            the model, its EMA, and AdamW with the state it had, on the training device
+    pick_batch       without --batch on a GPU, as many clips a step as its memory holds
 
 A base comes with the weights as trained, their EMA and the optimizer state; growth maps all three (grow.py).
 If the base learned from other data of the toy world, the loss on those is watched too: what is forgotten.
 Frozen weights are set to their EMA values, because they will no longer be averaged.
+
+**Memory of a GPU** (`memory_needed`, docs/gpu.md) is an estimate. A trained parameter takes 20 bytes: weight,
+gradient, two moments and EMA, in float32. What the forward pass keeps for the backward pass is counted by
+autograd's hooks on tensors without data, for a model that is not compiled. A compiled one keeps a tenth less.
 
 Left out: several data sets at once, mixtures other than `both`.
 """
@@ -18,25 +23,33 @@ Left out: several data sets at once, mixtures other than `both`.
 import copy
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 import parallel
 from align import align
 from clips import FolderDataset, scan
 from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, count_flops, set_attention
+from flow import flow_loss
 from grow import grow_state
-from machine import RowStore, fits, pick_device, pick_precision
+from machine import RowStore, autocast, card, fits, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
 BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
 BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
 VALIDATION_CLIPS = 256
+VALIDATED = 64  # clips that flow.validation_loss reads at once
+BATCH = 32  # clips of a step
+WIDE, WIDE_BATCH = 768, 16  # on a GPU, a model this wide takes fewer
+USABLE = 0.9  # share of a GPU's memory: the CUDA context and gaps between tensors take the rest
 
 
 def starting_point(args) -> Checkpoint | None:
@@ -193,7 +206,8 @@ class Training:
 
 
 def set_up(args, prompts_class=Prompts) -> Training:
-    """Everything for a run, from the options of train.py. Raises ValueError or OSError in one line."""
+    """Everything for a run, from the options of train.py. Fills in args.batch if it is None. Raises
+    ValueError or OSError in one line."""
     device = pick_device(args.device)
     start = starting_point(args)
     metadata = start.metadata if start else {**DEFAULTS, "text_encoder": located(args.text or "minilm")}
@@ -234,7 +248,6 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     set_attention(model, args.attention)
     tune = args.tune or ("lora" if config.lora_rank else "all")
     freeze(model, ema, tune, start.metadata["new"])
-    flops = args.batch * count_flops(model, prompts.lengths)  # as if every prompt were as long as the longest
     if not args.shard:
         model.to(device)
         ema.to(device)
@@ -247,6 +260,8 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
         for block in model.blocks:
             block.compile()
+    clips = RowStore(data.clips.videos, data.clips.rows, device)
+    args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
     state = first_state(args, start, data.fingerprint(), base_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if scaler.is_enabled() and state.get("scaler"):
@@ -259,7 +274,7 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         scaler=scaler,
         lr=lr,
         data=data,
-        clips=RowStore(data.clips.videos, data.clips.rows, device),
+        clips=clips,
         captions=prompts.rows(data.clips.captions),
         prompts=prompts,
         device=device,
@@ -268,10 +283,88 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         tune=tune,
         peak=base_lr / wider,
         lr_before=state["lr_before"],
-        flops=flops,
+        flops=args.batch * count_flops(model, prompts.lengths),  # as if all prompts were the longest
         steps_before=sum(event.get("steps", 0) for event in start.metadata["history"]),
         metadata=start.metadata,
         trainer_state=state,
+    )
+
+
+def held_bytes(model: DiT, batch: int, lengths, precision, again: bool) -> int:
+    """Bytes that a forward pass on `batch` clips holds until the backward pass: inputs and saved tensors, but
+    not the parameters. lengths: tokens of the prompts, for each encoder; again: blocks are computed again in
+    the backward pass. Attention is torch's fused one."""
+    config = model.config
+    held = []
+
+    def hold(tensor):
+        held.append(tensor.untyped_storage())
+        return tensor
+
+    with FakeTensorMode():  # on a CPU that is not there, which has autocast, unlike device "meta"
+        ghost = DiT(config)
+        ghost.checkpoint_activations = again
+        set_attention(ghost, "sdpa")
+        for mine, other in zip(ghost.parameters(), model.parameters(), strict=True):
+            mine.requires_grad_(other.requires_grad)
+        x = torch.empty(2, batch, 3, config.frames, config.size, config.size)  # clips and noise
+        t = torch.empty(batch)
+        prompt = []
+        for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
+            prompt += [torch.empty(batch, length, dim), torch.ones(batch, length, dtype=torch.bool)]
+        for tensor in (x, t, *prompt):
+            hold(tensor)
+        with saved_tensors_hooks(hold, lambda kept: kept), autocast(t.device, precision):
+            flow_loss(ghost, x[0], t, x[1], prompt)
+        sizes = {storage._cdata: storage.nbytes() for storage in held}
+        for parameter in ghost.parameters():
+            sizes.pop(parameter.untyped_storage()._cdata, None)
+    return sum(sizes.values())
+
+
+def memory_needed(model: DiT, batch: int, lengths, precision, resident=0, shards=1) -> int:
+    """About how many bytes of a GPU the training of `model` takes with `batch` clips at once. resident: of
+    clips and features that lie there; shards: processes that share the state. Other arguments as for
+    `held_bytes`."""
+    config, again = model.config, model.checkpoint_activations
+    state = sum(p.nbytes * (5 if p.requires_grad else 2) for p in model.parameters())
+    held = held_bytes(model, batch, lengths, precision, again)
+    if again:  # the inside of the block that is computed again
+        held += (held_bytes(model, batch, lengths, precision, False) - held) // config.depth
+    # A recorded step keeps its memory, so validation needs more: x in float32 and, in 16 bits, its norm and
+    # the hidden channels before and after the GELU.
+    per_channel = 4 + 2 + 4 * config.mlp_ratio
+    validation = VALIDATED * config.tokens() * config.width * per_channel
+    return state // shards + held + validation + resident
+
+
+def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -> int:
+    """Clips of a step for a run without --batch: 32; on a GPU the largest of 32, 16, ... (16, 8, ... for a
+    wide model) that fits, and a line that says so. Each of several processes takes the same number. Raises
+    ValueError if not even one clip fits."""
+    found = card(clips.device)
+    most = WIDE_BATCH if found and model.config.width >= WIDE else BATCH
+    share = max(1, most // parallel.WORLD)
+    if found is None:
+        return share * parallel.WORLD
+    name, memory = found
+    name = f"{name} with {memory / 2**30:.0f} GiB"
+    what = args.base or f"preset {args.preset}"
+    resident = clips.nbytes() + sum(part.flat.nbytes for part in prompts.features if part.resident)
+    shards = parallel.WORLD if args.shard else 1
+    while share:
+        part = math.ceil(share / args.accumulate)
+        needed = memory_needed(model, part, prompts.lengths, precision, resident, shards)
+        if needed < USABLE * memory:
+            batch = share * parallel.WORLD
+            length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
+            if parallel.RANK == 0:
+                print(f"{name}: {what}, batch {batch}, {length}; --preset, --batch and --steps change it")
+            return batch
+        share //= 2
+    raise ValueError(
+        f"{name}: one clip of {what} needs about {needed / 2**30:.1f} GiB; give --checkpoint-activations, a"
+        " smaller --preset or --size, or --batch 1 to try it"
     )
 
 

@@ -39,7 +39,7 @@ from flow import flow_loss, logit_normal
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint
-from start import Training, check_data_options, find_data, set_up
+from start import BATCH, Training, check_data_options, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
 
@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how long and how").add_argument
     add("--steps", type=int, help="optimizer steps (6000; 1200 with --from)")
     add("--minutes", type=float, help="as many steps as fit, judged by the speed of the first ones (off)")
-    add("--batch", type=int, default=32, help="clips per step (32)")
+    add("--batch", type=int, help="clips per step (32; on a GPU as many of these as fit, 16 for base)")
     add("--lr", type=float, help="peak learning rate (as the base, or 3e-3 at width 128, less when wider)")
     add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak (100)")
     add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none (0.3)")
@@ -237,8 +237,9 @@ def check_numbers(args):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
     if args.fps is not None and not 0.01 <= args.fps <= 1000:
         raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
-    if args.accumulate > args.batch:
-        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {args.batch}")
+    batch = args.batch or BATCH
+    if args.accumulate > batch:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {batch}")
     if args.shard and parallel.WORLD == 1:
         raise ValueError("--shard is for several processes: torchrun --nproc-per-node 2 train.py --shard")
 

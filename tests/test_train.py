@@ -9,12 +9,14 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import machine
+import start
 import train
 from conftest import (
     SMALL,
@@ -28,9 +30,11 @@ from conftest import (
     same_run,
     same_tensors,
     tiny_llm,
+    train_without_pictures,
     weights_of,
 )
-from dit import DiT, count_flops
+from dit import PRESETS, DiT, count_flops, set_attention
+from flow import flow_loss
 from grow import grow_state, merge_lora
 from machine import GraphedStep, RowStore
 from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
@@ -334,6 +338,157 @@ def test_a_recorded_function_is_replayed():
 
 
 # --------------------------------------------------------------------------------------------------------
+# What a GPU decides: precision and batch
+
+
+@pytest.mark.parametrize(
+    "device, fast, precision",
+    [("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("mps", 1, None)],
+)
+def test_precision_of_devices_that_are_not_here(monkeypatch, device, fast, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # what a CPU has does not count
+    assert machine.pick_precision("auto", torch.device(device)) == precision
+
+
+def bytes_by_hand(model, batch, lengths, precision):
+    """What a real forward pass holds: all distinct memory that autograd saves, but the weights."""
+    inputs = random_inputs(model.config, batch, lengths[0])
+    noise = torch.randn_like(inputs[0])
+    prompt = [*inputs[2:]]
+    for length in lengths[1:]:
+        prompt += [torch.randn(batch, length, model.config.llm_dim), torch.ones(batch, length).bool()]
+    saved = [inputs[0], noise, inputs[1], *prompt]
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    set_attention(model, "sdpa")
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, machine.autocast(torch.device("cpu"), precision):
+        flow_loss(model, inputs[0], inputs[1], noise, prompt)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    return sum(size for place, size in places.items() if place not in weights)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, None])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("llm_dim, frozen", [(0, False), (10, True)])
+def test_bytes_held_are_those_of_a_real_forward_pass(precision, again, llm_dim, frozen):
+    model = DiT(replace(SMALL, llm_dim=llm_dim))
+    model.checkpoint_activations = again
+    if frozen:
+        model.blocks[0].requires_grad_(False)
+    lengths = [5, 7] if llm_dim else [5]
+    expected = bytes_by_hand(model, 3, lengths, precision)
+    assert start.held_bytes(model, 3, lengths, precision, again) == expected
+
+
+@pytest.mark.parametrize("preset, batch, measured", [("small", 32, 17.8), ("base", 16, 19.5)])
+def test_memory_is_about_what_was_measured(preset, batch, measured):
+    """GiB on an H200, compiled, without EMA and validation (`python -m lab.bench train`)."""
+    with torch.device("meta"):
+        model = DiT(PRESETS[preset])
+    state = 16 * sum(parameter.numel() for parameter in model.parameters())
+    estimate = state + start.held_bytes(model, batch, [32], torch.bfloat16, again=False)
+    assert estimate / 2**30 == pytest.approx(measured, rel=0.2)
+
+
+def test_memory_of_state_and_of_blocks_computed_again():
+    """20 bytes for a trained parameter, 8 for a frozen one; of blocks computed again one is held inside."""
+
+    def needed(model, **options):
+        return start.memory_needed(model, 2, [5], None, **options)
+
+    model = DiT(SMALL)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    state = needed(model) - needed(model, shards=20 * total)
+    assert state == 20 * total - 1
+    assert needed(model, resident=1000) == needed(model) + 1000
+    frozen = DiT(SMALL).requires_grad_(False)
+    assert needed(frozen) - needed(frozen, shards=8 * total) == 8 * total - 1
+    model.checkpoint_activations = True
+    outside, inside = (start.held_bytes(model, 2, [5], None, again) for again in (True, False))
+    again = needed(model)
+    model.checkpoint_activations = False
+    assert needed(model) - again == pytest.approx((inside - outside) * 2 / 3, abs=1)  # of 3 blocks
+
+
+CPU = torch.device("cpu")
+
+
+def fake_card(gib, preset, monkeypatch):
+    """A GPU of so many GiB -> a model of a preset, and the bytes of the default clips if they fit."""
+    monkeypatch.setattr(start, "card", lambda device: ("NVIDIA X", gib * 2**30))
+    monkeypatch.setattr(machine, "card", start.card)
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model = DiT(config)
+    size = 16384 * 3 * config.frames * config.size**2
+    return model, size if machine.fits(size, CPU) else 0
+
+
+def batch_for(gib, preset, monkeypatch, **options):
+    """What `pick_batch` gives a card of so many GiB."""
+    model, resident = fake_card(gib, preset, monkeypatch)
+    clips = SimpleNamespace(device=CPU, nbytes=lambda: resident)
+    model.checkpoint_activations = options.pop("again", False)
+    args = {"preset": preset, "base": None, "steps": 6000, "shard": False, "accumulate": 1, **options}
+    prompts = SimpleNamespace(features=[], lengths=[32])
+    return start.pick_batch(SimpleNamespace(**args), model, clips, prompts, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "preset, batches", [("tiny", [32, 32, 32, 32]), ("small", [8, 8, 16, 32]), ("base", [1, 4, 8, 16])]
+)
+def test_a_batch_suits_the_card(preset, batches, monkeypatch):
+    """As docs/gpu.md tells."""
+    table = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    for gib, batch in zip((8, 16, 24, 80), batches, strict=True):
+        assert batch_for(gib, preset, monkeypatch) == batch
+        model, resident = fake_card(gib, preset, monkeypatch)
+        needed = start.memory_needed(model, batch, [32], torch.bfloat16, resident) / 2**30
+        lie_there = "yes" if resident else "no"
+        assert f"| {gib} GiB | `{preset}` | {batch} | {needed:.1f} GiB | {lie_there} |" in table
+
+
+def test_a_card_says_what_it_has_chosen(monkeypatch, capsys):
+    assert batch_for(24, "small", monkeypatch) == 16
+    line = "NVIDIA X with 24 GiB: preset small, batch 16, 6000 steps; --preset, --batch and --steps change it"
+    assert capsys.readouterr().out == f"{line}\n"
+    assert batch_for(24, "small", monkeypatch, accumulate=2, steps=None, minutes=1.5) == 32  # 16 at a time
+    assert "batch 32, 1.5 minutes" in capsys.readouterr().out
+    assert batch_for(8, "base", monkeypatch, again=True) == 8
+    with pytest.raises(ValueError, match=r"preset base needs about 6\.\d GiB; give --checkpoint-activations"):
+        batch_for(7, "base", monkeypatch)
+
+
+def test_processes_take_the_same_number_of_clips(monkeypatch):
+    for world, batch, of_24 in ((2, 32, 32), (3, 30, 30), (5, 30, 30)):
+        monkeypatch.setattr(start.parallel, "WORLD", world)
+        assert batch_for(80, "small", monkeypatch) == batch
+        assert batch_for(24, "small", monkeypatch) == of_24
+    clips = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.undo()
+    assert start.pick_batch(None, DiT(SMALL), clips, None, None) == 32
+
+
+def test_a_resumed_run_keeps_the_batch_that_another_card_chose(tmp_path, encoder_name, monkeypatch):
+    """A card of 16 MiB takes fewer than 32 clips. The numbers are those in args.json."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(start, "card", lambda device: ("NVIDIA X", 16 * 2**20))
+    line = f"--preset nano --depth 1 --frames 4 --size 16 --clips 64 --text {encoder_name} --out {run}"
+    train_without_pictures(f"{line} --steps 2 --no-compile --validation 0.1".split())
+    chosen = json.loads((run / "args.json").read_text())["batch"]
+    assert chosen in (2, 4, 8, 16)
+    monkeypatch.setattr(start, "card", lambda device: ("NVIDIA Y", 80 * 2**30))
+    resume_training(run, "--steps 4")
+    assert json.loads((run / "args.json").read_text())["batch"] == chosen
+
+
+# --------------------------------------------------------------------------------------------------------
 # How long a run lasts
 
 
@@ -445,7 +600,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, line, message):
 def test_defaults_are_filled_in():
     args = parse_arguments([])
     assert (args.preset, args.data, args.captions, args.clips) == ("tiny", "basic", "short", 16384)
-    assert (args.steps, args.batch, args.every, args.out) == (6000, 32, 1500, "runs/base")
+    assert (args.steps, args.batch, args.every, args.out) == (6000, None, 1500, "runs/base")
     args = parse_arguments(["--from", "runs/a", "--data", "both"])
     assert (args.captions, args.clips, args.steps, args.out) == ("both", 4096, 1200, "runs/a-more")
     args = parse_arguments(["--quick", "--batch", "5"])
