@@ -115,19 +115,21 @@ def find_weights(name: str) -> Path | str:
 
 
 def unpack_gguf(file: Path) -> Path:
-    """A GGUF file -> a directory of the cache with the model in bfloat16 and its tokenizer. Unpacking takes
-    15 s and two more packages, so it is done once. The directory is complete or absent, also if the disk is
-    full or two processes unpack at the same time. Raises OSError."""
+    """A GGUF file -> a directory of the cache with the model in bfloat16 and its tokenizer (unpack.py). The
+    directory is complete or absent, also if the disk is full or two processes unpack at the same time. Raises
+    OSError."""
     stat = file.stat()
     target = cache_dir() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if target.is_dir():
         return target
-    print(f"unpacking {file.name} once, 15 s", file=sys.stderr)
+    print(f"unpacking {file.name} once, 4 s", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         new = Path(temporary, "new")
         try:
+            from unpack import convert_gguf  # its package gguf may be missing
+
             convert_gguf(file, new)
-        except Exception as error:  # no gguf or accelerate; a full disk: tokenizers then raises Exception
+        except Exception as error:  # for a full disk tokenizers raises no other class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(f"cannot unpack {file.name} into {target.parent}: {reason}") from None
         try:
@@ -136,20 +138,6 @@ def unpack_gguf(file: Path) -> Path:
             if not target.is_dir():  # else another process was faster
                 raise
     return target
-
-
-def convert_gguf(file: Path, directory: Path):
-    """Write the model and the tokenizer of a GGUF file into a directory, as transformers reads them."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    model.hf_quantizer = None  # the weights are plain numbers now, but the model still counts as quantized
-    del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
 
 
 def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
@@ -275,7 +263,7 @@ class LanguageModel:
             self.dim = self.model.config.get_text_config().hidden_size
             self.template_prefix, self.template_suffix = self.split_template()
             self.prefix_cache = self.read_prefix()
-            self.mean, self.std = statistics(*self.hidden(CALIBRATION_TEXTS))  # (dim,) each
+            self.mean, self.std = self.calibrate()
 
     def chat(self, *turns: str, **options) -> str:
         """What the user and the LLM say in turn -> one text in the chat template. The system text comes
@@ -343,6 +331,17 @@ class LanguageModel:
             chosen = outputs.hidden_states[1:]  # the first one is the embedding
         total = sum(normalize(states.float()) for states in chosen)
         return normalize(total), mask.bool()
+
+    def calibrate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel over CALIBRATION_TEXTS, (dim,) each. They come from the
+        cache if the same LLM has read these texts before, which takes longer than a prompt."""
+        path = cache_path("statistics", CALIBRATION_TEXTS, self.name, self.layers)
+        tensors = read_cache(path)
+        if not tensors:
+            mean, std = statistics(*self.hidden(CALIBRATION_TEXTS))
+            tensors = {"mean": mean.cpu(), "std": std.cpu()}
+            write_cache(path, tensors)
+        return tensors["mean"].to(self.device), tensors["std"].to(self.device)
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B texts -> features (B, L, dim) bfloat16, zero where there is no token, and mask (B, L) bool, both
@@ -468,22 +467,31 @@ def check_features(name: str, texts: list[str], flat: torch.Tensor, lengths: tor
         raise ValueError(f"the features of {name!r} are the same for all texts, also {texts[-1][:60]!r}")
 
 
-def cache_path(texts: list[str], name: str, layers: str | None) -> Path:
-    """The file for the features of these texts. Its name depends on the texts, on the encoder and its files,
-    and on FEATURES_VERSION, but not on the device: rounding apart, features are the same on all."""
+def cache_path(kind: str, texts: list[str], name: str, layers: str | None) -> Path:
+    """The file for the features ("features") of these texts, or for what else an encoder computes of them.
+    Its name depends on the texts, on the encoder and its files, and on FEATURES_VERSION, but not on the
+    device: rounding apart, features are the same on all."""
     files = sorted(Path(find_weights(name)).glob("*"))  # a Hub id has none
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = json.dumps([FEATURES_VERSION, name, layers, weights, texts])
-    return cache_dir() / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    return cache_dir() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
-def write_features(path: Path, flat: torch.Tensor, lengths: torch.Tensor):
+def read_cache(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of the cache; none if it is not there yet, or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def write_cache(path: Path, tensors: dict[str, torch.Tensor]):
     """Write a file of the cache, which is complete or absent. Raises OSError, for example if the disk is
     full."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         new = Path(temporary, "new")
         try:
-            save_file({"flat": flat, "lengths": lengths}, new)
+            save_file(tensors, new)
         except SafetensorError as error:
             raise OSError(f"cannot write features into {path.parent}: {error}") from None
         new.replace(path)
@@ -494,12 +502,9 @@ def cached_features(texts, name="minilm", layers=None, encoder=None, device="cpu
     has read the same texts before. Else the encoder reads them on `device`: `encoder` if it is given, or the
     one that `make_encoder` makes. Raises OSError or ValueError with a one-line message for user errors."""
     texts = sorted({NULL_PROMPT, *texts})
-    path = cache_path(texts, name, layers)
-    try:
-        saved = load_file(path)
+    path = cache_path("features", texts, name, layers)
+    if saved := read_cache(path):
         return Features(texts, saved["flat"], saved["lengths"])
-    except (OSError, SafetensorError, KeyError):  # not there yet, or damaged
-        pass
     encoder = encoder or make_encoder(name, layers, device)
     notes = truncated(encoder, texts)
     for line in notes[:3]:
@@ -508,7 +513,7 @@ def cached_features(texts, name="minilm", layers=None, encoder=None, device="cpu
         print(f"note: {len(notes)} texts are truncated in all")
     flat, lengths = encode(texts, encoder)
     check_features(name, texts, flat, lengths)
-    write_features(path, flat, lengths)
+    write_cache(path, {"flat": flat, "lengths": lengths})
     return Features(texts, flat, lengths)
 
 

@@ -473,22 +473,6 @@ def test_a_failed_start_leaves_no_folder(tmp_path, encoder_name):
     assert not (tmp_path / "runs" / "a" / "checkpoint").exists()
 
 
-def test_a_full_disk_while_the_tokenizer_is_unpacked(tmp_path, monkeypatch):
-    """tokenizers raises a plain Exception."""
-
-    def convert(file, directory):
-        directory.mkdir()
-        raise Exception("No space left on device (os error 28)")
-
-    file = tmp_path / "model.gguf"
-    file.write_text("")
-    monkeypatch.setenv("MODELGROW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text_encoder, "convert_gguf", convert)
-    with pytest.raises(OSError, match=r"cannot unpack model\.gguf into .*No space left"):
-        text_encoder.unpack_gguf(file)
-    assert not list((tmp_path / "cache").iterdir())
-
-
 def test_the_hub_is_not_waited_for(monkeypatch):
     """Without a network a Hub id is refused at once, unless it was loaded before."""
     for name in list(os.environ):

