@@ -48,6 +48,7 @@ Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, separate spati
 (full attention is affordable here), adaLN-single, dropout, and any registry or base class.
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -393,7 +394,13 @@ def count_flops(model: DiT, lengths, backward: bool = True) -> int:
     encoder): of a forward pass, and with `backward` of a training step. torch counts two per multiplication
     in matrix products and attention, nothing else, on tensors without data. Frozen weights need no
     gradient."""
-    config = model.config
+    trained = tuple(parameter.requires_grad for parameter in model.parameters())
+    return flops_of(model.config, tuple(lengths), trained, backward)
+
+
+@functools.cache  # a count takes half a second
+def flops_of(config: DiTConfig, lengths: tuple[int, ...], trained: tuple[bool, ...], backward: bool) -> int:
+    """`count_flops` of a model of `config`; `trained` says of each parameter whether it needs a gradient."""
     with torch.device("meta"):
         ghost = DiT(config)
         x = torch.empty(1, 3, config.frames, config.size, config.size)
@@ -401,8 +408,8 @@ def count_flops(model: DiT, lengths, backward: bool = True) -> int:
         for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
             prompt += [torch.empty(1, length, dim), torch.ones(1, length, dtype=torch.bool)]
         t = torch.empty(1)
-    for mine, other in zip(ghost.parameters(), model.parameters(), strict=True):
-        mine.requires_grad_(other.requires_grad)
+    for parameter, needs_gradient in zip(ghost.parameters(), trained, strict=True):
+        parameter.requires_grad_(needs_gradient)
     with FlopCounterMode(display=False) as counter:
         loss = ghost(x, t, *prompt).sum()
         if backward:
