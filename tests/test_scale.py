@@ -1,0 +1,165 @@
+"""lab/scale.py and its report: arms against train.py itself, budgets, stops, and the numbers of the report
+against curves that have a closed form."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import train_without_pictures
+from lab import scale
+
+FEW = (
+    "never grown", "large from scratch", "large from scratch, additional compute", "doubled at 50 %",
+    "doubled at 25 %, plain copies",
+)  # fmt: skip
+
+
+ARMS = dict(scale.ARMS)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, encoder_name):
+    """The command with few arms of few steps -> a function (name of a folder, options) that runs it and
+    returns the results {file name: content}."""
+
+    def run(name, options):
+        folder = root / name
+        scale.main(f"--quick --device cpu --out {folder}/out --runs {folder}/runs {options}".split())
+        return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*"))}
+
+    root = tmp_path_factory.mktemp("scale")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale, "ARMS", {name: scale.ARMS[name] for name in FEW})
+        patch.setattr(scale, "QUICK_NEW", f"{scale.QUICK_NEW} --text {encoder_name}")
+        patch.setattr(scale, "QUICK_CLIPS", 16)
+        patch.setattr(scale, "QUICK_UNIT", 2e9)  # 9 steps of the small model
+        patch.setattr(scale.gc, "freeze", lambda: None)
+        patch.setattr(scale, "find_revision", lambda: "abc")
+        yield run
+
+
+@pytest.fixture(scope="module")
+def whole(quick):
+    """The results of two budgets, made in one go."""
+    return quick("whole", "--budgets 1 2 --seeds 3")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Training
+
+
+def curve_of(run: Path):
+    """The validation losses of a run of train.py -> {step: (FLOPs, loss)}."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["flops"], line["val_loss"]) for line in lines if "val_loss" in line}
+
+
+@pytest.mark.parametrize("arm", ["2-never-grown-3", "2-doubled-at-25-plain-copies-3"])
+def test_an_arm_is_a_run_of_train(arm, whole, tmp_path):
+    """An arm that leaves the plateau to decay is a run that had the decay from its start. One that leaves it
+    to grow is a run of train.py --grow from a run of train.py. They have the same bits."""
+    result = json.loads(whole[f"{arm}.json"])
+    rest = ["--every", "1", "--device", "cpu"]
+    steps = result["curve"][-1]["step"]
+    if result["base"]:
+        train_without_pictures([*result["base"], *rest, "--out", str(tmp_path / "base")])
+        rest += ["--from", str(tmp_path / "base")]
+        steps += max(curve_of(tmp_path / "base"))
+    run = train_without_pictures([*result["arguments"], *rest, "--out", str(tmp_path / "run")])
+    reference = curve_of(run)
+    found = {point["step"]: (point["flops"], point["val_loss"]) for point in result["curve"]}
+    assert found == {step: reference[step] for step in found}
+    assert max(found) == max(reference) >= 6 and len(found) >= 7
+    assert result["flops"] == found[max(found)][0] and result["base_flops"] == found[0][0]
+    assert result["tokens"] == steps * 4 * 8  # clips of a step, and tokens of 4 frames of 16 x 16
+
+
+def test_stops_change_nothing(whole, quick, monkeypatch):
+    """The same files come out if the command is stopped again and again, and if a budget is added later."""
+    calls = []
+
+    def clock():
+        """Seconds that pass by one a step, in place of time.monotonic."""
+        calls.append(None)
+        return len(calls)
+
+    monkeypatch.setattr(scale, "time", SimpleNamespace(monotonic=clock))
+    counts = []
+    for budgets, seconds in (("1", 3), ("1", 5), ("1", 9), ("1", 1000), ("1 2", 12), ("1 2", 1000)):
+        files = quick("stopped", f"--budgets {budgets} --seeds 3 --minutes {seconds / 60}")
+        counts.append(len(files))
+        assert files.items() <= whole.items()  # each is whole
+    assert counts[:2] == [0, 0] and 0 < counts[2] < counts[3] == len(FEW) == counts[5] / 2
+    assert files == whole
+
+
+def test_other_arguments_are_refused(quick, whole):
+    with pytest.raises(ValueError, match=r"json has other arguments"):
+        quick("whole", "--budgets 1 --seeds 3 --rates 0.003 0.003 0.001")
+    with pytest.raises(ValueError, match=r"plateau-4-3 was begun with other arguments"):
+        quick("whole", "--budgets 1 --seeds 3 --rates 0.001 0.003 0.003 --out nowhere")
+    with pytest.raises(ValueError, match=r"budget of 0\.01 does not pay"):
+        quick("new", "--budgets 0.01")
+    with pytest.raises(ValueError, match=r"--rates is 0; it must"):
+        quick("new", "--rates 0.003 0.003 0")
+
+
+def test_tuning_trains_each_size_from_scratch(quick, whole, capsys):
+    quick("tuned", "--budgets 1 --seeds 3 --tune")
+    table = capsys.readouterr().out
+    for name, row in (
+        ("never-grown", "4 blocks, rate 0.003"),
+        ("large-from-scratch", "8 blocks, rate 0.003"),
+    ):
+        loss = json.loads(whole[f"1-{name}-3.json"])["curve"][-1]["val_loss"]
+        assert f"| {row} | {loss:.4f} |" in table
+    assert table.count(" blocks, rate ") == 9
+
+
+# --------------------------------------------------------------------------------------------------------
+# Budgets
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_budgets_add_up(name):
+    """What is spent is the budget, to half a step; a fifth of it is spent in the decay."""
+    costs = {4: 3.1, 6: 4.7, 8: 5.9}
+    world = SimpleNamespace(unit=1000.0, step_flops=costs)
+    arm = ARMS[name]
+    for budget in (1, 4.5, 64):
+        plateau, mark, steps, decay = scale.schedule(world, arm, budget)
+        wanted = 1000 * budget * (0.5 if "additional" in name else 1)
+        spent = steps * costs[arm.depth]
+        if arm.grown_at:
+            assert abs(mark * costs[4] - arm.grown_at * wanted) <= costs[4] / 2
+            spent += mark * costs[4]
+        else:
+            assert mark == int(0.8 * steps)
+        assert abs(spent - wanted) <= costs[arm.depth] / 2
+        assert decay * steps * costs[arm.depth] == pytest.approx(0.2 * wanted, rel=2 / steps)
+        assert plateau == (8 if "scratch" in name else 4)
+
+
+def test_points_of_a_curve():
+    points = [step for step in range(100) if scale.is_point(step)]
+    assert points == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96]
+
+
+def test_clips_for_a_budget(monkeypatch, capsys):
+    """No clip is seen more than ten times on average, if there is memory for so many."""
+    device = SimpleNamespace(type="cpu")
+    pages = {"SC_PAGE_SIZE": 1000, "SC_AVPHYS_PAGES": 10**8}
+    monkeypatch.setattr(scale.os, "sysconf", pages.get)
+    flops = 2.4e13
+    count = scale.clips_for(flops, device)
+    per_clip = scale.count_flops(scale.DiT(scale.PRESETS["nano"]), [64])
+    assert count == math.ceil(flops / per_clip / 10)
+    pages["SC_AVPHYS_PAGES"] = 10**5
+    monkeypatch.setattr(scale, "RESIDENT_SHARE", 0.4)
+    count = 394  # 40 MB of 100 MB hold as many clips of 24,576 bytes with features of 76,800
+    assert scale.clips_for(flops, device) == count
+    line = f"{count} clips: the largest budget shows each {flops / per_clip / count:.1f} times"
+    assert line in capsys.readouterr().out
