@@ -265,6 +265,73 @@ def since_growth(arm, seed, by_arm, starts):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Numbers of several budgets (lab/scale.py). found: {budget: {arm: {seed: result}}}
+
+
+def final_losses(found, arm, seed) -> list[tuple[float, float]]:
+    """[(FLOPs, final loss)] of an arm, for each budget that this seed has."""
+    points = []
+    for arms in found.values():
+        if seed in arms.get(arm, {}):
+            _, flops, loss = loss_curve(arms[arm][seed], "val_loss")[-1]
+            points.append((flops, loss))
+    return points
+
+
+def flops_for(points, loss) -> float | None:
+    """The FLOPs for which [(FLOPs, loss)] comes down to `loss`, on the power law between neighbours; None if
+    it never does, or is lower from the start: how much lower the FLOPs could be is not known then."""
+    if not points or points[0][1] < loss:
+        return None
+    reached = first_reached([(math.log(x), math.log(y)) for x, y in points], math.log(loss))
+    return None if reached is None else math.exp(reached)
+
+
+def equal_loss_ratio(found, budget, arm, other, seed) -> float | None:
+    """How many times the FLOPs of an arm another one needs for the same loss: the final loss of the arm with
+    this budget, or if the other one never has that, the final loss of the other one. None if no budget tells,
+    or one of the two results is not there."""
+    pair = [found[budget].get(name, {}).get(seed) for name in (arm, other)]
+    if None in pair:
+        return None
+    (_, flops, loss), (_, other_flops, other_loss) = (loss_curve(each, "val_loss")[-1] for each in pair)
+    needed = flops_for(final_losses(found, other, seed), loss)
+    if needed is not None:
+        return needed / flops
+    needed = flops_for(final_losses(found, arm, seed), other_loss)
+    return None if needed is None else other_flops / needed
+
+
+def crossing(found, arm, other, seed) -> str:
+    """From how many FLOPs on the final loss of an arm is lower than that of another one: "2.5e+14", "always"
+    (from the smallest budget on), "never" or "" (too few results). Between two budgets the difference is
+    taken as straight over the logarithm of the FLOPs."""
+    mine, theirs = (final_losses(found, name, seed) for name in (arm, other))
+    if len(mine) != len(theirs) or not mine:
+        return ""
+    gaps = [(math.log(x), loss - lower) for (x, loss), (_, lower) in zip(mine, theirs, strict=True)]
+    if gaps[0][1] < 0:
+        return "always"
+    reached = first_reached(gaps, 0.0)
+    return "never" if reached is None else f"{math.exp(reached):.2g}"
+
+
+def steps_to_cross(result, reference) -> int | None:
+    """The first step since its growth from which a model has a lower validation loss than `reference` at
+    equal FLOPs; None if there is none. Points are those of its curve; `reference` is straight between its
+    own, over the logarithm of the FLOPs."""
+    curve = [point for point in loss_curve(reference, "val_loss") if point[1] > 0]
+    flops = np.log([point[1] for point in curve])
+    losses = [point[2] for point in curve]
+    first = None
+    for step, spent, loss in reversed(loss_curve(result, "val_loss")):
+        if loss >= np.interp(np.log(spent), flops, losses):
+            break
+        first = step
+    return first
+
+
+# --------------------------------------------------------------------------------------------------------
 # Sections of the report. found: {arm: {seed: result}}
 
 
@@ -404,7 +471,7 @@ def growth_section(found, starts, results: Path) -> list[str]:
     dashed = [arm for arm, start in starts.items() if start != "base"]
     plot_losses(found, results / "loss.png", dashed)
     plot_forgetting(found, starts, results / "forgetting.png")
-    text = [RULE, *claims(found), LOSSES, loss_table(found, starts)]
+    text = [*claims(found), LOSSES, loss_table(found, starts)]
     text += ["![Loss over FLOPs](loss.png)", "![Learned and forgotten](forgetting.png)"]
     if (results / "gallery.gif").is_file():
         text.append("![Base, LoRA, expansion, expansion with an LLM](gallery.gif)")
@@ -429,6 +496,99 @@ def longer_section(found, results: Path) -> list[str]:
     """Growing or not, with four times the budget."""
     plot_losses(found, results / "longer.png")
     return [LONGER, timing_table(found, "never grown"), "![Longer](longer.png)"]
+
+
+SCALE = (
+    "The loss on `rich` of models that were trained, grown or not, with several budgets (lab/scale.py). A"
+    " budget counts the FLOPs of training, those of the base included. In its last fifth the learning rate"
+    " decays to zero. *Lower by* is a difference of final losses within each seed, with the verdict by the"
+    " rule above (holds: the arm is better). *Times fewer FLOPs* says how many times its FLOPs another arm"
+    " needs for the same loss, by the power law between two budgets, and in brackets the same if the base is"
+    " there already and its FLOPs are not counted. *Mixes at* is the step after growth from which the loss is"
+    " lower than that of *never grown* at equal FLOPs, for each seed. Tokens are those of the clips, as often"
+    " as they were seen, the base's included."
+)
+NEVER, SCRATCH = "never grown", "large from scratch"
+
+
+def ratio_cell(found, budget, arm, other) -> str:
+    """Times fewer FLOPs than another arm, and with the base free: "1.25 ± 0.03 (2.50 ± 0.06)"."""
+    counted, free = [], []
+    for seed, result in found[budget][arm].items():
+        ratio = equal_loss_ratio(found, budget, arm, other, seed)
+        if ratio is not None:
+            counted.append(ratio)
+            free.append(ratio * result["flops"] / (result["flops"] - result["base_flops"]))
+    if not counted or arm == other:
+        return ""
+    grown = any(result["base_flops"] for result in found[budget][arm].values())
+    return spread(counted, 2) + (f" ({spread(free, 2)})" if grown else "")
+
+
+def lower_cell(arms, arm, other) -> str:
+    """By how much the final loss of an arm is lower than that of another one, and the verdict."""
+    values = gains(arms[arm], arms.get(other, {}), "last")
+    return f"{spread(values, 4)} ({verdict(values)})" if values and arm != other else ""
+
+
+def mixing_cell(arms, arm) -> str:
+    """Where a grown model crosses *never grown*, for each seed."""
+    words = []
+    for seed, result in arms[arm].items():
+        if result["base_flops"] and seed in arms.get(NEVER, {}):
+            step = steps_to_cross(result, arms[NEVER][seed])
+            words.append("never" if step is None else str(step))
+    return ", ".join(words)
+
+
+def budget_table(found, budget) -> str:
+    """The arms of one budget."""
+    rows = []
+    for arm, by_seed in found[budget].items():
+        result = by_seed[min(by_seed)]
+        cells = [arm, str(result["curve"][-1]["step"])]
+        cells.append(spread([measure(each, "last") for each in by_seed.values()], 4))
+        cells += [lower_cell(found[budget], arm, other) for other in (NEVER, SCRATCH)]
+        cells += [ratio_cell(found, budget, arm, other) for other in (NEVER, SCRATCH)]
+        cells += [mixing_cell(found[budget], arm), f"{result['tokens'] / result['parameters']:.2g}"]
+        rows.append(cells)
+    titles = ["arm", "steps", "final loss"]
+    for what in ("lower than", "times fewer FLOPs than"):
+        titles += [f"{what} *{other}*" for other in (NEVER, SCRATCH)]
+    return markdown_table([*titles, "mixes at", "tokens per parameter"], rows)
+
+
+def crossing_table(found) -> str:
+    """From how many FLOPs on each arm has the lower loss, for each seed."""
+    arms = {}
+    for by_arm in found.values():
+        for arm, by_seed in by_arm.items():
+            arms.setdefault(arm, set()).update(by_seed)
+    rows = []
+    for arm, seeds in arms.items():
+        cells = [arm]
+        for other in (NEVER, SCRATCH):
+            words = [crossing(found, arm, other, seed) for seed in sorted(seeds)]
+            cells.append(", ".join(words) if arm != other and all(words) else "")
+        rows.append(cells)
+    titles = ["FLOPs from which the final loss is lower than that of", f"*{NEVER}*", f"*{SCRATCH}*"]
+    return markdown_table(titles, rows)
+
+
+def scale_section(found, folder: Path) -> list[str]:
+    """The window of growth."""
+    plot_scale(found, folder / "scale.png")
+    plot_window(found, folder / "window.png")
+    text = ["## The window of growth", SCALE]
+    text += ["![Loss over FLOPs](scale.png)", "![Gain over never growing](window.png)"]
+    text.append(crossing_table(found))
+    for budget, arms in found.items():
+        by_seed = next(iter(arms.values()))
+        arguments = by_seed[min(by_seed)]["arguments"]
+        clips, batch = (arguments[arguments.index(name) + 1] for name in ("--clips", "--batch"))
+        text.append(f"Budget {budget:g} ({clips} clips, {batch} a step):")
+        text.append(budget_table(found, budget))
+    return text
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -520,6 +680,56 @@ def plot_timing(found, targets, path: Path):
     save_plot(figure, path)
 
 
+def plot_scale(found, path: Path):
+    """Loss over FLOPs of every budget: the curves part where the learning rate decays. The bands are the
+    standard deviation over seeds."""
+    figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich")
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    for number, arm in enumerate((NEVER, SCRATCH, "doubled at 50 %")):
+        label = arm
+        for arms in found.values():
+            curves = [loss_curve(result, "val_loss") for result in arms.get(arm, {}).values()]
+            if not curves:
+                continue
+            flops = [point[1] for point in curves[0]]
+            losses = np.array([[point[2] for point in curve] for curve in curves])  # (seeds, points)
+            middle, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
+            style = {"color": f"C{number}"}
+            axes.plot(flops[1:], middle[1:], label=label, lw=1, **style)
+            axes.fill_between(
+                flops[1:], (middle - deviation)[1:], (middle + deviation)[1:], alpha=0.2, lw=0, **style
+            )
+            axes.plot(flops[-1], middle[-1], "o", **style)
+            axes.legend()
+            label = None  # once in the legend
+    save_plot(figure, path)
+
+
+def plot_window(found, path: Path):
+    """By how many per cent the final loss is lower than that of never growing, over the budget: growing pays
+    where a line is above zero. The bars are the standard deviation over seeds."""
+    figure, axes = new_plot(xlabel="FLOPs, those of the base included", xscale="log")
+    axes.set(ylabel=f"% lower final loss than {NEVER}")
+    axes.axhline(0, color="grey", lw=1)
+    arms = dict.fromkeys(arm for by_arm in found.values() for arm in by_arm)
+    for number, arm in enumerate(arms):
+        points = []
+        for by_arm in found.values():
+            small, mine = by_arm.get(NEVER, {}), by_arm.get(arm, {})
+            seeds = sorted(small.keys() & mine.keys())
+            values = [100 * (1 - measure(mine[s], "last") / measure(small[s], "last")) for s in seeds]
+            if values:
+                deviation = stdev(values) if len(values) > 1 else 0
+                points.append((mine[seeds[0]]["flops"], mean(values), deviation))
+        if points and arm != NEVER:
+            style = {"color": PLOT_COLOURS[number], "ls": "--" if "plain" in arm else "-"}
+            axes.errorbar(*zip(*points, strict=True), marker="o", capsize=2, label=arm, **style)
+            axes.legend(fontsize=7)
+    save_plot(figure, path)
+
+
 # --------------------------------------------------------------------------------------------------------
 # The report
 
@@ -539,6 +749,16 @@ def read_part(folder: Path, part, arms) -> dict:
             found[arm] = dict(sorted(by_seed.items()))
             for seed in by_seed if part in LOSS_ONLY else ():
                 found[arm][seed] = since_growth(arm, seed, by_arm, starts)
+    return found
+
+
+def read_scale(folder: Path) -> dict:
+    """The results of lab/scale.py -> {budget: {arm: {seed: result}}}, in order."""
+    results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    found = {}
+    for result in sorted(results, key=lambda each: (each["budget"], each["arm"], each["seed"])):
+        by_seed = found.setdefault(result["budget"], {}).setdefault(result["arm"], {})
+        by_seed[result["seed"]] = result
     return found
 
 
@@ -570,9 +790,17 @@ def write_report(folder: Path, parts) -> str:
     if there are no results."""
     found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
-    if not results:
+    scale = read_scale(folder / "scale")
+    sources = [*results]
+    for arms in scale.values():
+        for by_seed in arms.values():
+            sources += by_seed.values()
+    if not sources:
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
-    text = ["# Results", "Written by `python -m lab.study --report`.", heading(results, parts)]
+    text = ["# Results", "Written by `python -m lab.study --report`."]
+    if results:
+        text.append(heading(results, parts))
+    text.append(RULE)
     growth, language = found["growth"], found["language"]
     if growth:
         starts = {arm: start for arm, (start, _) in parts["growth"].items()}
@@ -581,6 +809,8 @@ def write_report(folder: Path, parts) -> str:
         text += timing_section(found["timing"], growth["large from scratch"], folder)
     if found["longer"]:
         text += longer_section(found["longer"], folder)
+    if scale:
+        text += scale_section(scale, folder)
     if language:
         text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
         text += ["## Negative results of designs that were removed", NEGATIVE]
@@ -589,7 +819,7 @@ def write_report(folder: Path, parts) -> str:
         text += ["## The reader", "What it reads of true clips:", score_table(json.loads(reader.read_text()))]
     if growth:
         text += growth_scores(growth)
-    text.append(provenance(results))
+    text.append(provenance(sources))
     report = "\n\n".join(text) + "\n"
     (folder / "README.md").write_text(report)
     return report
