@@ -120,9 +120,11 @@ class DiTConfig:
 
 
 PRESETS: dict[str, DiTConfig] = {
-    # for the study; for two CPU cores (the default); for one GPU; for one GPU and patience
+    # for the study; for two CPU cores (the default); the model that comes along, which a GPU trained in
+    # minutes; for one GPU; for one GPU and patience
     "nano": DiTConfig(frames=8, size=32, patch_time=2, patch_size=8, width=128, depth=4, heads=4),
     "tiny": DiTConfig(frames=8, size=32, patch_time=4, patch_size=4, width=128, depth=4, heads=4),
+    "mini": DiTConfig(frames=16, size=64, patch_time=4, patch_size=4, width=192, depth=4, heads=3),
     "small": DiTConfig(frames=16, size=64, patch_time=2, patch_size=4, width=384, depth=12, heads=6),
     "base": DiTConfig(frames=16, size=64, patch_time=2, patch_size=4, width=768, depth=12, heads=12),
 }
@@ -225,7 +227,9 @@ class SelfAttention(nn.Module):
     def forward(self, x, rope):
         """x (B, N, D), rope from `rope_cos_sin` -> (B, N, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, d)
-        qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, heads, N, d); products are faster in order
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
+        if x.device.type == "cpu":
+            qkv = qkv.contiguous()  # products are faster in order; the kernels of a GPU take views
         qk, v = qkv.split((2, 1))  # q and k are normalized and turned as one tensor
         q, k = rotate(rms_norm(qk), *rope)
         out = attention(q, k, v[0], backend=self.backend)  # (B, heads, N, d)
