@@ -155,6 +155,20 @@ def score_several(reader, videos, scenes) -> dict[str, float]:
     return scores | {"all": share(everything)}
 
 
+def score_set(reader, name, videos, scenes) -> dict[str, dict[str, float]]:
+    """The scores of a set of prompts, {name: scores}. If its scenes have several actors, also those with two
+    and those with three."""
+    if not scenes[0].relation:
+        return {name: score(reader, videos, scenes)}
+    scores = {name: score_several(reader, videos, scenes)}
+    for number, word in ((2, "two"), (3, "three")):
+        rows = [i for i, scene in enumerate(scenes) if len(scene.actors) == number]
+        if rows:
+            some = [scenes[i] for i in rows]
+            scores[f"{name}: {word}"] = score_several(reader, videos[rows], some)
+    return scores
+
+
 def neighbour_similarity(features) -> float:
     """Features (B, T, C) -> VBench's consistency: the mean cosine to the first and to the previous frame."""
     now = features[:, 1:]
@@ -315,7 +329,7 @@ def evaluate(
     for name, (scenes, captions) in sets.items():
         title = f"sampling {name}"
         clips = sample_clips(model, prompts, captions, steps, guidance, seed, precision, title)
-        scores[name] = (score_several if scenes[0].relation else score)(reader, clips, scenes)
+        scores |= score_set(reader, name, clips, scenes)
         if name == "seen":
             scores[name] |= temporal_consistency(reader, clips, scenes)
     for name, dataset in held_out.items():

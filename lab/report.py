@@ -24,6 +24,7 @@ RULE = (
     " error. It is *contradicted* if the same is true with the opposite sign. Otherwise it is *open*. A claim"
     " with several comparisons holds if all of them hold, and one that is contradicted contradicts it."
 )
+ACTOR_SETS = ("seen", "several actors", "long")  # prompts of one actor, and of two or three in two styles
 LOSS_ONLY = ("timing", "longer")  # parts that compare the loss on the way and sample nothing
 
 SCORE_COLUMNS = (  # of a table of scores; a set of prompts has some of them
@@ -734,6 +735,55 @@ def plot_window(found, path: Path):
 # The report
 
 
+# --------------------------------------------------------------------------------------------------------
+# Complex prompts, over the FLOPs of training (lab/actors.py)
+
+
+def actors_table(result) -> str:
+    """The scores of the last point of a curve, and below them those of true clips of the same size."""
+    rows = dict(result["points"][-1]["scores"])
+    rows |= {f"true clips: {name}": scores for name, scores in result["ceiling"].items()}
+    return score_table(rows)
+
+
+def plot_actors(result, path: Path):
+    """Accuracy over training FLOPs: each attribute of prompts of several actors, and everything at once by
+    number of actors. A dotted line stands where the model was grown."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    points = result["points"]
+    flops = [point["flops"] for point in points]
+    scores = [point["scores"] for point in points]
+    for name in SCORE_COLUMNS[:-1]:
+        left.plot(flops, [sets["several actors"].get(name, math.nan) for sets in scores], "o-", label=name)
+    for name in scores[0]:
+        if name not in ("several actors", "long"):  # those are the means of two and three actors
+            style = "o--" if name.startswith("long") else "o-"
+            right.plot(flops, [sets[name]["all"] for sets in scores], style, label=name)
+    left.set(title="Several actors: each attribute", ylabel="share that is right", ylim=(0, 1.02))
+    right.set(title="Everything right, by number of actors")
+    for axes in (left, right):
+        axes.set(xlabel="FLOPs of training")
+        for before, after in itertools.pairwise(points):
+            if after["blocks"] != before["blocks"]:
+                axes.axvline(before["flops"], color="grey", linestyle=":")
+        axes.legend(fontsize=8)
+    save_plot(figure, path)
+
+
+def actors_section(folder: Path) -> list[str]:
+    """A table and a picture of each curve in `folder`/actors."""
+    text = []
+    for file in sorted((folder / "actors").glob("*.json")):
+        result = json.loads(file.read_text())
+        plot_actors(result, folder / f"actors-{file.stem}.png")
+        text += [f"## Complex prompts, and when they are learned: {file.stem}", actors_table(result)]
+        text += [f"![Accuracy over FLOPs](actors-{file.stem}.png)", provenance([result])]
+    return text
+
+
 def read_part(folder: Path, part, arms) -> dict:
     """The results of a part -> {arm: {seed: result}}, in the order of `arms`, without those that exist only
     for others to continue from. arms: {arm: (the arm it continues from, options)}."""
@@ -811,6 +861,7 @@ def write_report(folder: Path, parts) -> str:
         text += longer_section(found["longer"], folder)
     if scale:
         text += scale_section(scale, folder)
+    text += actors_section(folder)
     if language:
         text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
         text += ["## Negative results of designs that were removed", NEGATIVE]

@@ -284,12 +284,17 @@ def test_an_evaluation_is_repeatable_and_covers_all_sets(tmp_path, encoder_name)
     judge = reader.Reader().eval()
     once, again = (evaluate.evaluate(tmp_path, judge, 4, 2, device="cpu") for _ in range(2))
     assert once == again
-    assert set(once) == {*evaluate.prompt_sets(4), "val_loss", "rich_loss"}
+    by_number = {f"{name}: {number}" for name in ("several actors", "long") for number in ("two", "three")}
+    assert set(once) == {*evaluate.prompt_sets(4), *by_number, "val_loss", "rich_loss"}
     assert all(len(once[name]) == 8 for name in ("val_loss", "rich_loss"))
     assert "flicker" in once["seen"] or "smoothness" in once["seen"]
     only = evaluate.evaluate(tmp_path, judge, 4, 2, device="cpu", only=("long",))
-    assert only == {"long": once["long"]}  # the noise does not depend on the other sets
-    assert evaluate.evaluate(tmp_path, judge, 4, 2, device="cpu", seed=1, only=("long",)).keys() == {"long"}
+    assert only == {
+        name: once[name] for name in ("long", "long: two", "long: three")
+    }  # the noise does not depend on the other sets
+    assert (
+        evaluate.evaluate(tmp_path, judge, 4, 2, device="cpu", seed=1, only=("long",)).keys() == only.keys()
+    )
 
 
 @pytest.mark.slow

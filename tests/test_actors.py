@@ -1,0 +1,78 @@
+"""lab/actors.py: curves of accuracy over FLOPs, from the weights that --keep leaves."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import run_training
+from lab import actors
+from lab.evaluate import prompt_sets, score_set
+from lab.reader import Reader, get_reader, render_clips
+from lab.report import actors_section
+from run import load_model
+
+
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory, encoder_name):
+    """A run of four steps that has kept the weights of steps 0, 2 and 4."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    return run_training(folder, encoder_name, "--steps 4 --every 2 --keep")
+
+
+def test_keep_leaves_the_weights_of_every_validation(kept_run):
+    """The last ones are those of the checkpoint, and no others are equal."""
+    kept = actors.kept_weights(kept_run)
+    assert [directory.name for directory in kept] == ["step_000000", "step_000002", "step_000004"]
+    weights = [load_model(directory)[0].state_dict() for directory in (*kept, kept_run)]
+    for name, last in weights[3].items():
+        assert torch.equal(weights[2][name], last)
+    assert any(not torch.equal(weights[1][name], last) for name, last in weights[3].items())
+    assert [load_model(directory)[1]["flops"] > 0 for directory in kept] == [False, True, True]
+    assert not (kept[0] / "train_state.safetensors").exists()
+
+
+def test_without_keep_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train it with --keep"):
+        actors.kept_weights(tmp_path)
+
+
+def test_scores_by_number_of_actors():
+    """The rows of two and of three actors are those of clips with two and three, and average to all."""
+    scenes = prompt_sets(24)["several actors"][0]
+    torch.manual_seed(0)
+    reader = Reader().eval()
+    scores = score_set(reader, "several", render_clips(scenes) / 127.5 - 1, scenes)
+    two = sum(len(scene.actors) == 2 for scene in scenes)
+    assert 0 < two < 24
+    for name in ("together", "relation", "all", "background"):
+        mean = two * scores["several: two"][name] + (24 - two) * scores["several: three"][name]
+        assert mean / 24 == pytest.approx(scores["several"][name])
+
+
+def test_true_clips_are_the_ceiling():
+    """At the size of the reader it is what the reader proves; at twice the size little is lost."""
+    reader = get_reader()
+    for frames, size, least in ((8, 32, 0.98), (16, 64, 0.9)):
+        scores = actors.ceiling(reader, frames, size, 30)
+        assert scores["seen"]["subject"] >= least and scores["several actors"]["subject"] >= least
+
+
+def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
+    """Points that are scored already are not scored again; the report is the same each time."""
+    reader, file = Reader().eval(), tmp_path / "actors" / "run.json"
+    result = actors.score_runs([kept_run], file, reader, 3, "cpu")
+    assert [point["checkpoint"] for point in result["points"]] == [f"run/step_00000{i}" for i in (0, 2, 4)]
+    assert {"seen", "several actors", "long", "long: two"} <= result["points"][0]["scores"].keys()
+    monkeypatch.setattr(actors, "evaluate", None)
+    assert actors.score_runs([kept_run], file, reader, 3, "cpu") == json.loads(file.read_text())
+    with pytest.raises(ValueError, match="3 prompts per set"):
+        actors.score_runs([kept_run], file, reader, 4, "cpu")
+    result["points"][2]["blocks"] += 4
+    file.write_text(json.dumps(result))
+    texts, pictures = [], []
+    for _ in range(2):
+        texts.append(actors_section(tmp_path))
+        pictures.append((tmp_path / "actors-run.png").read_bytes())
+    assert texts[0] == texts[1] and pictures[0] == pictures[1]
+    assert "true clips: several actors" in "".join(texts[0])
