@@ -1,15 +1,15 @@
-"""One GPU, checked and measured in five minutes: `python -m lab.bench gpu`.
+"""One GPU, measured in five minutes: `python -m lab.bench gpu`.
 
 Sections run one after the other. One that fails says so, and the others continue. One that would begin after
 the time is over is skipped.
 
-    kernel values    the attention kernel against float64, forward and gradients
     attention        the kernel against sdpa and each of its backends
     steps            a training step of every preset, eager and compiled, beside the peers
     train.py         its own clips/s against the bare step, and the seconds to its first step
     whole run        `python train.py` with its defaults, from an empty cache to the end
 
-With --quick the same runs with tiny sizes, also on a CPU. Left out: several GPUs, power, and profiles.
+With --quick the same runs with tiny sizes, also on a CPU. Left out: values of the attention kernel, which
+`pytest tests/test_attention.py` compares with float64 on a GPU; several GPUs; power; profiles.
 """
 
 import json
@@ -22,54 +22,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from attention import HEAD_DIMS, attention
 from dit import PRESETS
-from lab.bench import QUICK, alternate, attention_inputs, bench_attention, bench_train, our_step
-from lab.report import markdown_table
+from lab.bench import QUICK, alternate, bench_attention, bench_train, our_model, training_step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_OPTIONS = "--quick --clips 16 --batch 2 --steps 10"
 SMALL_OPTIONS = "--preset small --data both --clips 8192 --batch 32 --steps 300 --every 1000"
 
 
-def relative_error(found, expected) -> float:
-    """The largest difference, over the largest number expected."""
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
-
-
-def values_and_gradients(inputs, backend):
-    """The result of attention, and the gradients of q, k and v for a fixed gradient of the result."""
-    out = attention(*inputs, backend)
-    weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64)
-    gradients = torch.autograd.grad(out, inputs[:3], weights.view(out.shape).to(out.dtype))
-    return out, *gradients
-
-
-def kernel_values(bench):
-    """The kernel, and sdpa for comparison, against the maths in float64; on a CPU eager instead of the
-    kernel."""
-    backends = ["triton" if bench.gpu else "eager", "sdpa"]
-    lengths = ((8, 8), (7, 5)) if bench.quick else ((512, 512), (500, 77))
-    rows, result = [], {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for d in HEAD_DIMS:
-            for N, L in lengths:
-                inputs = attention_inputs((2, 2, N, L, d), bench.device, dtype)
-                exact = [x.detach().double().requires_grad_() for x in inputs[:3]]
-                expected = values_and_gradients((*exact, inputs[3]), "eager")
-                for backend in backends:
-                    found = values_and_gradients(inputs, backend)
-                    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
-                    name = f"{str(dtype)[6:]}, {N} x {L} x {d}"
-                    rows.append([name, backend, *(f"{error:.1e}" for error in errors)])
-                    result[f"{name}, {backend}"] = errors
-    return markdown_table(["type, N x L x d", "backend", "out", "dq", "dk", "dv"], rows), result
-
-
 def run_train(bench, options: str) -> dict:
-    """Run train.py in a process of its own, with an empty cache -> numbers of the run. Raises RuntimeError if
+    """Run train.py in a process of its own, with an empty cache -> a row about it. Raises RuntimeError if
     it fails, TimeoutExpired if it takes longer than the whole bench may."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -90,6 +53,7 @@ def run_train(bench, options: str) -> dict:
     first, last = logged[0], logged[-1]
     speed = last["samples_per_second"]
     return {
+        "command": f"python train.py {options}",
         "seconds": seconds,
         "steps": last["step"],
         "seconds to the first step": first["seconds"] - first["step"] * batch / speed,
@@ -98,33 +62,21 @@ def run_train(bench, options: str) -> dict:
     }
 
 
-def run_table(options, numbers) -> str:
-    """The numbers of a run as a table."""
-    cells = [f"{value:.4g}" for value in numbers.values()]
-    return markdown_table(["command", *numbers], [[f"python train.py {options}", *cells]])
-
-
-def train_speed(bench):
+def train_speed(bench) -> list[dict]:
     """train.py's own clips/s against the bare step of the same preset and batch."""
-    options = QUICK_OPTIONS if bench.quick else SMALL_OPTIONS
-    numbers = run_train(bench, options)
+    row = run_train(bench, QUICK_OPTIONS if bench.quick else SMALL_OPTIONS)
     config, batch = (QUICK, 2) if bench.quick else (PRESETS["small"], 32)
-    step = our_step(config, batch, bench, compiled=not bench.quick)
-    seconds = alternate({"step": step}, bench.repeats)["step"]
-    numbers["clips/s of the bare step"] = batch / np.median(seconds)
-    numbers["share of it"] = numbers["clips/s"] / numbers["clips/s of the bare step"]
-    return run_table(options, numbers), numbers
+    step = training_step(our_model(config, compiled=not bench.quick), config, batch, bench)
+    bare = batch / np.median(alternate({"step": step}, bench.repeats)["step"])
+    return [{**row, "clips/s of the bare step": bare, "share of it": row["clips/s"] / bare}]
 
 
-def whole_run(bench):
+def whole_run(bench) -> list[dict]:
     """`python train.py` with its defaults."""
-    options = QUICK_OPTIONS if bench.quick else ""
-    numbers = run_train(bench, options)
-    return run_table(options, numbers), numbers
+    return [run_train(bench, QUICK_OPTIONS if bench.quick else "")]
 
 
 SECTIONS = {
-    "kernel values": kernel_values,
     "attention": bench_attention,
     "steps": bench_train,
     "train.py": train_speed,
@@ -132,23 +84,17 @@ SECTIONS = {
 }
 
 
-def run_sections(sections, bench) -> tuple[str, dict]:
-    """All sections, one after the other -> the text of all, and {name: {"seconds", "result" or "error"}}."""
+def run_sections(sections, bench) -> dict[str, list[dict]]:
+    """All sections, one after the other -> {name: rows}; of one that failed the row says why."""
     begin = time.perf_counter()
-    texts, results = [], {}
+    results = {}
     for name, section in sections.items():
-        started = time.perf_counter() - begin
-        left = bench.minutes - started / 60
-        entry = {}
+        left = bench.minutes - (time.perf_counter() - begin) / 60
         try:
             if left <= 0:
                 raise TimeoutError(f"skipped, because {bench.minutes:g} minutes are over")
-            text, entry["result"] = section(replace(bench, minutes=left))
+            results[name] = section(replace(bench, minutes=left))
         except Exception as error:  # whatever it is, the other sections shall run
-            entry["error"] = f"{type(error).__name__}: {error}"
-            text = f"failed: {entry['error']}"
-        entry["seconds"] = time.perf_counter() - begin - started
-        print(f"{name}: {entry['seconds']:.0f} s")
-        texts.append(f"## {name} ({entry['seconds']:.0f} s)\n\n{text}")
-        results[name] = entry
-    return "\n\n".join(texts), results
+            results[name] = [{"failed": f"{type(error).__name__}: {error}"}]
+        print(f"{name}: {time.perf_counter() - begin:.0f} s since the start")
+    return results
