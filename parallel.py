@@ -2,9 +2,8 @@
 
 **Data parallel** (`DistributedDataParallel`). Every process holds the model and draws the same rows,
 timesteps and noise for a step (train.py), but computes only its share of the batch. The gradients are
-averaged over the processes while the backward pass goes on. The shares are equal, so the losses are those of
-one process, but for the order of sums. Nothing random belongs to a process: a run may be resumed by more or
-fewer of them.
+averaged over the processes during the backward pass. The shares are equal, so the losses are those of one
+process, but for the order of sums. Nothing random belongs to a process: more or fewer may resume a run.
 
 **Sharded** (`--shard`, FSDP2's `fully_shard`). Each process keeps a slice of every parameter, gradient,
 optimizer state and EMA. A block's parameters are gathered for its turn and dropped afterwards.
@@ -14,7 +13,7 @@ Process 0 alone prints and writes. Left out: tensor, pipeline and sequence paral
 
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -31,12 +30,12 @@ def start(batch: int | None, device: str):
         return
     if batch and batch % WORLD:
         raise ValueError(f"--batch {batch} cannot be shared by {WORLD} processes: it must be a multiple")
-    on_gpus = torch.cuda.is_available() and device != "cpu"
-    if on_gpus:
+    backend = "gloo"
+    if torch.cuda.is_available() and device != "cpu":
         if torch.cuda.device_count() < WORLD:
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs for {WORLD} processes")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may have much to read first
 
 
@@ -56,11 +55,10 @@ def peer_lost(error) -> bool:
 
 def agree(number: float) -> float:
     """The largest of the numbers of all processes; all wait for it."""
-    if WORLD == 1:
-        return number
-    numbers = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return numbers.item()
+    number = torch.tensor(number, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
@@ -74,7 +72,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 def first_process_first():
     """Process 0 does it alone; then the others, who find what it left in the caches."""
     if RANK:
-        agree(0)
+        agree(0)  # wait
     yield
     if not RANK:
         agree(0)
@@ -92,18 +90,10 @@ def distribute(model, ema, shard: bool, device):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (WORLD,))
-        for network in (model, ema):
-            for block in network.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(network, mesh=mesh)
+        for part in (*model.blocks, model, *ema.blocks, ema):
+            fully_shard(part, mesh=mesh)
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-
-
-def average_gradients(network, now: bool):
-    """The context of a forward and backward pass. Without `now` the gradients are not averaged yet, because
-    others follow."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) and not now else nullcontext()
 
 
 def whole(tensor):

@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ema", type=float, default=0.998, help="decay of the averaged weights (0.998)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (0)")
     add("--every", type=int, default=1500, help="steps between samples, validation and checkpoint (1500)")
+    add("--keep", action="store_true", help="keep the weights of every validation, in step_N (off)")
     add("--quick", action="store_true", help="nano, 20 steps: see that everything works, learn nothing (off)")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
@@ -111,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 QUICK = {"preset": "nano", "batch": 8, "every": 10, "steps": 20, "compile": False}
 RESUMABLE = (  # what may change when a run is resumed
-    "steps", "minutes", "every", "max_bad", "device", "precision", "attention", "compile", "accumulate",
+    "steps", "minutes", "every", "keep", "max_bad", "device", "precision", "attention", "compile", "accumulate",
     "checkpoint_activations", "shard", "resume", "out",
 )  # fmt: skip
 
@@ -311,10 +312,10 @@ def training_step(tr: Training, batch: Batch, accumulate: int = 1) -> torch.Tens
     for i, part in enumerate(parts):
         x = part.x.float() / 127.5 - 1  # bytes -> [-1, 1]
         prompt = tr.prompts.gather(part.text_rows, part.llm_rows, prompt_lengths(tr, part))
-        with parallel.average_gradients(tr.network, i == len(parts) - 1):
-            with autocast(tr.device, tr.precision):
-                loss = flow_loss(tr.network, x, part.t, part.noise, prompt).sum() / len(batch.t)
-            tr.scaler.scale(loss).backward()
+        tr.network.require_backward_grad_sync = i == len(parts) - 1  # processes average the sum of all parts
+        with autocast(tr.device, tr.precision):
+            loss = flow_loss(tr.network, x, part.t, part.noise, prompt).sum() / len(batch.t)
+        tr.scaler.scale(loss).backward()
         total += loss.detach()
     tr.scaler.unscale_(tr.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(tr.model.parameters(), CLIP_NORM)
