@@ -12,11 +12,11 @@ It is written beside its place and renamed, so that a kill leaves it whole or ab
 and JSON and no code, unlike a pickle, which may run anything when it is opened. A header may come from
 anywhere, so `load_model` checks all that others read of it.
 
-A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock. `Run` is
-such a directory while it is trained. One process trains in it at a time. Asked to stop (Ctrl-C, SIGTERM), it
-finishes the step and saves.
+A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock; and with
+--keep the EMA weights of every validation, step_N/. `Run` is such a directory while it is trained. One
+process trains in it at a time. Asked to stop (Ctrl-C, SIGTERM), it finishes the step and saves.
 
-Left out: several checkpoints of a run, uploads, loggers other than a file of JSON lines.
+Left out: training states of earlier steps, uploads, loggers other than a file of JSON lines.
 """
 
 import copy
@@ -466,11 +466,15 @@ class Run:
         step, begin = self.last_log
         self.last_log = step, begin + seconds
 
-    def save(self, checkpoint: Checkpoint):
-        """Write the checkpoint, and the picture of the losses."""
+    def save(self, checkpoint: Checkpoint, keep: bool):
+        """Write the checkpoint in the place of the last one; with `keep`, also its EMA weights in a place of
+        their own, step_N, which is a checkpoint without a training state."""
         if self.writer:
             fsync(self.metrics)
             save_checkpoint(self.folder / "checkpoint", checkpoint)
+            if keep:
+                kept = self.folder / f"step_{self.step:06d}"
+                save_checkpoint(kept, checkpoint._replace(trainer_state={}))
 
     def plot(self, times):
         """Draw loss.png; `times` are the timesteps that the validation losses by timestep stand for."""

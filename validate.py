@@ -83,7 +83,7 @@ def save(args, tr: Training, run: Run):
     numbers = {"losses": run.check_losses(), "seconds": run.seconds()}
     if run.total < math.inf:
         numbers |= {"total": run.total, "minutes": args.minutes}
-    run.save(snapshot(args, tr, run.step, **numbers))
+    run.save(snapshot(args, tr, run.step, **numbers), args.keep)
 
 
 def validate_and_save(args, tr: Training, run: Run):

@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.evaluate import evaluate, prove, sample_clips
+from lab.parcel import take
 from lab.reader import Reader, get_reader
 from lab.report import LOSS_ONLY, score_table, write_report
 from machine import run_command
@@ -205,7 +206,8 @@ def machine_name() -> str:
 
 
 def find_revision() -> str:
-    """The commit of this code, with a + if a Python file differs from it; "unknown" outside of git."""
+    """The commit of this code, with a + if a Python file differs from it. Outside of git it is what the file
+    REVISION says, if somebody wrote one; else "unknown"."""
 
     def git(*command):
         here = Path(__file__).parents[1]
@@ -215,7 +217,8 @@ def find_revision() -> str:
         commit = git("rev-parse", "HEAD").strip()
         changes = git("status", "--porcelain", "-uno", "--", "*.py").strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        file = Path(__file__).parents[1] / "REVISION"
+        return file.read_text().strip() if file.is_file() else "unknown"
     return commit + ("+" if changes else "")
 
 
@@ -371,6 +374,11 @@ def make_parser():
     add("--results", help="folder for the JSON files and the report (results, or runs/study-quick)")
     add("--quick", action="store_true", help="all arms in a minute or two; nothing is learned")
     add("--report", action="store_true", help="train nothing, report what is there")
+    add(
+        "--take",
+        metavar="OUT",
+        help="first put what lab/on_gpu.sh left in OUT into its places; train nothing",
+    )
     return parser
 
 
@@ -398,7 +406,9 @@ def main(argv=None):
             raise ValueError(f"no arm is called {arm!r}; see `python -m lab.study --help`")
     quick = "runs/study-quick" if args.quick else None
     results = Path(args.results or quick or "results")
-    if not args.report:
+    for file in take(Path(args.take)) if args.take else ():
+        print(file)
+    if not (args.report or args.take):
         runs = Path(args.runs or quick or "runs/study")
         reader = Reader().eval() if args.quick else get_reader()
         study = Study(runs, results, reader, find_revision(), args.quick)

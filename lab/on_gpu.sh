@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The evidence that needs a GPU, the most valuable first: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]
+#
+#   pretrained   the model that comes along: 3 blocks learn both sets of the toy world, are grown to 6 blocks
+#                and by a language model, and continue for the time that is left; with its scores
+#   actors       when prompts of one, two and three actors are learned, from the weights on the way
+#   scale        the window of growth: budgets of 1, 4, 16, 64 and 256, as far as time goes
+#
+# What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
+# in OUT (lab/parcel.py); `python -m lab.study --take OUT` puts it into its places. With --quick everything
+# runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
+set -euo pipefail
+out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]}
+minutes=9 quick=
+shift
+while (($#)); do
+    case $1 in
+    --minutes) minutes=$2 && shift ;;
+    --quick) quick=yes ;;
+    *) echo "error: no option is called $1" >&2 && exit 2 ;;
+    esac
+    shift
+done
+left() { echo $((minutes * 60 - SECONDS - $1)); } # seconds, less some that are needed afterwards
+in_minutes() { python -c "print($1 / 60)"; }
+
+runs=runs/gpu results=results
+data="--data both --words varied --clips 49152"
+base="$data --preset mini --depth 3 --batch 64 --steps 6000 --every 3000 --decay 0 --keep"
+grown="$data --batch 64 --every 3000 --keep --grow depth,llm"
+actors="--count 100" scores="--count 200" scale="--budgets 1 4 16 64 256"
+if [[ $quick ]]; then
+    runs=$out/runs results=$out/results
+    data="--data both --clips 16 --batch 4 --no-compile"
+    base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
+    grown="$data --every 2 --keep --grow depth,llm"
+    actors="--count 4" scores="--count 4 --steps 1" scale="--quick"
+fi
+
+if [[ ! -f $results/actors/pretrained.json ]]; then
+    python train.py $base --out $runs/pretrained-base
+    if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
+    python train.py $grown $long --from $runs/pretrained-base --out $runs/pretrained
+    python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
+    mkdir -p $results/pretrained
+    python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json
+    python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $results
+    python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
+fi
+if (($(left 30) > 30)); then
+    python -m lab.scale $scale --minutes $(in_minutes $(left 30)) --runs $runs/scale --out $results/scale
+    rest=()
+    [[ -d $runs/pretrained ]] && rest=($runs/pretrained-base $runs/pretrained)
+    python -m lab.parcel $out "${rest[@]}" --results $results
+fi
