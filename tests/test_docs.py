@@ -45,6 +45,12 @@ def test_readme_is_short():
     assert len(text.encode()) <= 12_000
 
 
+def test_readme_names_every_file():
+    files = [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py")]
+    names = {file.relative_to(ROOT).as_posix() for file in files} - {"conftest.py", "lab/__init__.py"}
+    assert names <= set(re.findall(r"`([\w/]+\.py)`", README.read_text()))
+
+
 def test_the_growth_in_readme_is_that_of_the_code():
     source = textwrap.dedent(inspect.getsource(grow.grow_depth).split('"""')[2])
     assert any(block in source for block in code_blocks(README))
