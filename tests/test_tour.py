@@ -1,6 +1,6 @@
 """The tour: tour.ipynb runs from top to bottom, what it says is true, and its pictures lie in the file.
 
-After a change, execute it again: `jupyter nbconvert --to notebook --execute --inplace tour.ipynb`.
+After a change: `TQDM_DISABLE=1 jupyter nbconvert --to notebook --execute --inplace tour.ipynb`.
 """
 
 import json
