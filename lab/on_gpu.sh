@@ -21,7 +21,8 @@ while (($#)); do
     esac
     shift
 done
-left() { echo $((minutes * 60 - SECONDS - $1)); } # seconds, less some that are needed afterwards
+limit=$(python -c "print(int($minutes * 60))")
+left() { echo $((limit - SECONDS - $1)); } # seconds, less some that are needed afterwards
 in_minutes() { python -c "print($1 / 60)"; }
 
 runs=runs/gpu results=results
@@ -39,7 +40,7 @@ fi
 
 if [[ ! -f $results/actors/pretrained.json ]]; then
     python train.py $base --out $runs/pretrained-base
-    if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
+    if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 125))"; fi
     python train.py $grown $long --from $runs/pretrained-base --out $runs/pretrained
     python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
     mkdir -p $results/pretrained
