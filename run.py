@@ -312,6 +312,26 @@ def read_trainer_state(file: Path) -> dict:
 # A run while it is trained
 
 
+def read_options(folder: Path | str, parser) -> dict:
+    """args.json of a run: the options of train.py, whose argparse parser is given. Raises FileNotFoundError
+    if there is none, ValueError if it is not as train.py has written it."""
+    file = Path(folder) / "args.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no run to resume in {folder}")
+    try:
+        options = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is not what train.py has written: it is no JSON object") from None
+    for action in parser._actions:
+        value = options.get(action.dest)
+        kind = action.type or (str if action.nargs is None else bool)
+        kinds = (int, float) if kind is float else (kind,)
+        empty = value is None and action.dest not in ("data", "captions")
+        if not empty and (type(value) not in kinds or (action.choices and value not in action.choices)):
+            raise ValueError(f"{file} is not what train.py has written: {action.dest} is {value!r}")
+    return options
+
+
 class Diverged(ValueError):
     """The loss or its gradient was not finite at `step`."""
 

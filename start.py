@@ -45,6 +45,7 @@ from text_encoder import Prompts, cached_features, located
 
 BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
 BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
+TEXT_DROPOUT = 0.5  # share of captions that only an LLM reads, if there is one
 VALIDATION_CLIPS = 256
 VALIDATED = 64  # clips that flow.validation_loss reads at once
 BATCH = 32  # clips of a step
@@ -90,19 +91,16 @@ def grow_once(start: Checkpoint, operator: str, args) -> Checkpoint:
 
 
 def find_data(name: str) -> str:
-    """--data -> a set of the toy world, or the path of a folder, which is never the name of a set: a folder
-    called "basic" is "./basic". Raises ValueError if there is neither."""
+    """--data -> a set of the toy world, or the absolute path of a folder, by which --resume finds it from
+    elsewhere, and which is never the name of a set. Raises ValueError if there is neither."""
     if not Path(name).is_dir():
         if name in SETS:
             return name
         sets = ", ".join(SETS)
         raise ValueError(f"--data {name!r} is neither a set of the toy world ({sets}) nor a folder")
-    folder = str(Path(name))  # without a slash at its end
-    if folder not in SETS:
-        return folder
     if name in SETS and parallel.RANK == 0:
         print(f"note: --data {name} is the folder ./{name} here, not the set of the toy world")
-    return f"./{folder}"
+    return str(Path(name).absolute())
 
 
 def check_data_options(args, defaults):
@@ -216,6 +214,8 @@ def set_up(args, prompts_class=Prompts) -> Training:
         history = history[:-1]  # the last entry is this run
     metadata = {**metadata, "history": history, "fps": args.fps or metadata["fps"]}
     config = start.model.config if start else new_config(args)
+    if args.drop_text != TEXT_DROPOUT and not (config.llm_dim or args.resume):
+        raise ValueError("--drop-text is for a model that reads with an LLM: --grow llm makes one")
     with parallel.first_process_first():
         data = open_data(args, config, metadata["fps"], history, device)
     for note in data.clips.notes:

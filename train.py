@@ -22,7 +22,6 @@ Differences from big trainers: no configuration files, no logger but a file of J
 """
 
 import argparse
-import json
 import math
 import shutil
 from pathlib import Path
@@ -38,8 +37,8 @@ from dit import PRESETS
 from flow import flow_loss, logit_normal
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint
-from start import BATCH, Training, check_data_options, find_data, set_up
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
+from start import BATCH, TEXT_DROPOUT, Training, check_data_options, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
 
@@ -82,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--zero", default="gate", choices=ZEROS, help="with --grow depth: what is zero in the copies (gate)")
     add("--llm", default="smollm2", help="with --grow llm: smollm2, a directory or a Hub id (smollm2)")
     add("--llm-features", default="last", choices=LLM_LAYERS, help="with --grow llm: which layers (last)")
-    add("--drop-text", type=float, default=0.5, help="share of captions that only an LLM reads (0.5)")
+    add("--drop-text", type=float, default=TEXT_DROPOUT, help="share of captions only an LLM reads (0.5)")
     add("--tune", choices=("all", "new", "lora"), help="train all, what is new, or adapters (all)")
     add("--rank", type=int, default=8, help="of the adapters of --tune lora (8)")
     add = parser.add_argument_group("how long and how").add_argument
@@ -112,8 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 QUICK = {"preset": "nano", "batch": 8, "every": 10, "steps": 20, "compile": False}
 RESUMABLE = (  # what may change when a run is resumed
-    "steps", "minutes", "every", "keep", "max_bad", "device", "precision", "attention", "compile", "accumulate",
-    "checkpoint_activations", "shard", "resume", "out",
+    "steps", "minutes", "every", "keep", "max_bad", "device", "precision", "attention", "compile",
+    "accumulate", "checkpoint_activations", "shard", "resume", "out",
 )  # fmt: skip
 
 
@@ -161,14 +160,7 @@ def default_folder(args) -> str:
 
 def resumed_arguments(parser, argv, out: str) -> argparse.Namespace:
     """The options that a run was begun with, with those of RESUMABLE as they are given now."""
-    file = Path(out) / "args.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no run to resume in {out}")
-    try:
-        before = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{file} is not what train.py has written: it is no JSON object") from None
-    before |= {"out": out, "resume": True, "shard": False}
+    before = read_options(out, parser) | {"out": out, "resume": True, "shard": False}
     args = parser.parse_args(argv, argparse.Namespace(**before))
     args.out = out
     for name, value in before.items():
@@ -199,8 +191,12 @@ def check_growth(args, defaults):
                 raise ValueError(f"--{name} is for --grow {operator}, which is not given")
     if args.depth and args.base:
         raise ValueError("--depth is for a new model; --grow depth adds blocks to a trained one")
+    if args.preset != defaults.preset and args.base:
+        raise ValueError("--preset is for a new model; one that continues has the size of its base")
     if args.tune == "lora" and not args.base:
         raise ValueError("--tune lora needs a base: give --from RUN")
+    if args.rank != defaults.rank and args.tune != "lora":
+        raise ValueError("--rank is for --tune lora, which is not given")
     if args.steps and args.minutes:
         raise ValueError("--steps and --minutes both say how long to train: leave out one")
 

@@ -55,7 +55,7 @@ def test_a_folder_that_is_called_like_a_set(tmp_path, monkeypatch, capsys, name)
         (tmp_path / "x").mkdir(exist_ok=True)
         assert find_data(given) not in ("basic", "rich", "both")
     assert capsys.readouterr().out == ""
-    assert parse_arguments(["--data", name, "--fps", "4"]).data == f"./{name}"
+    assert parse_arguments(["--data", name, "--fps", "4"]).data == str(tmp_path / name)
     assert f"--data {name} is the folder ./{name}" in capsys.readouterr().out
 
 
@@ -73,8 +73,23 @@ def test_a_run_on_a_folder_that_is_called_like_a_set(tmp_path, monkeypatch, enco
     monkeypatch.chdir(tmp_path)
     lay_out(tmp_path / "basic", "a.gif", "b.gif")
     run = run_training("run", encoder_name, "--data basic/ --steps 2")
-    assert json.loads((run / "args.json").read_text())["data"] == "./basic"
+    assert json.loads((run / "args.json").read_text())["data"] == str(tmp_path / "basic")
     assert FolderDataset(scan("./basic")).captions == ["basic", "basic"]
+
+
+def test_clips_are_found_from_elsewhere(tmp_path, monkeypatch, encoder_name):
+    """A run on a folder that was given as relative is resumed in another directory. A run of an older version
+    says that its folder is not there."""
+    lay_out(tmp_path / "my", "a.gif", "b.gif")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = run_training("run", encoder_name, "--data my --steps 2").absolute()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume_training(run, "--steps 3")
+    options = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**options, "data": "my"}))
+    with pytest.raises(FileNotFoundError, match="there is no folder my"):
+        resume_training(run, "--steps 4")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -458,6 +473,29 @@ def test_the_cache_of_another_user(tmp_path, monkeypatch):
 def test_numbers_of_a_sample_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         sample.parse_arguments(["a cat", *options.split()])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--preset nano --from a", "--preset is for a new model"),
+        ("--rank 4 --from a", "--rank is for --tune lora"),
+        ("--rank 4 --tune new --from a", "--rank is for --tune lora"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(options.split())
+
+
+def test_a_model_without_an_llm_has_no_share_of_captions_for_it(tmp_path, encoder_name):
+    """A run of an older version that has one is resumed."""
+    with pytest.raises(ValueError, match="--drop-text is for a model that reads with an LLM"):
+        run_training(tmp_path / "a", encoder_name, "--drop-text 0.3")
+    run = run_training(tmp_path / "a", encoder_name, "--steps 2")
+    options = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**options, "drop_text": 0.3}))
+    resume_training(run, "--steps 3")
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path, encoder_name):

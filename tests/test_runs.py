@@ -305,6 +305,45 @@ def test_where_a_checkpoint_lies(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------
+# args.json
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": True}, "steps is True"),
+        ({"lr": [1]}, r"lr is \[1\]"),
+        ({"batch": {}}, "batch is {}"),
+        ({"data": 5}, "data is 5"),
+        ({"data": None}, "data is None"),
+        ({"captions": "long"}, "captions is 'long'"),
+        ({"quick": "yes"}, "quick is 'yes'"),
+        ({"compile": 1}, "compile is 1"),
+        ({"attention": "fast"}, "attention is 'fast'"),
+    ],
+)
+def test_options_that_were_edited_are_refused(tmp_path, changes, message):
+    options = vars(train.parse_arguments(["--quick", "--out", str(tmp_path)]))
+    (tmp_path / "args.json").write_text(json.dumps(options))
+    argv = ["--resume", "--out", str(tmp_path)]
+    assert train.parse_arguments(argv).steps == options["steps"]
+    (tmp_path / "args.json").write_text(json.dumps({**options, "minutes": None, "lr": 1} | changes))
+    with pytest.raises(ValueError, match=rf"args\.json is not what train\.py has written: {message}"):
+        train.parse_arguments(argv)
+
+
+def test_options_of_an_older_version_are_taken(tmp_path):
+    """It knew fewer of them, and some that are gone."""
+    options = vars(train.parse_arguments(["--quick"]))
+    options.pop("validation")
+    (tmp_path / "args.json").write_text(json.dumps({**options, "gone": [1], "lr": 1}))
+    args = train.parse_arguments(["--resume", "--out", str(tmp_path)])
+    assert (args.validation, args.lr, args.steps) == (0.1, 1, 20)
+
+
+# --------------------------------------------------------------------------------------------------------
 # A run's directory, without a training
 
 

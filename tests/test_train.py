@@ -673,11 +673,10 @@ def test_options_of_another_version_are_resumed(options_of, tmp_path):
     """Options may have gone, or come with a default."""
     args = options_of("", refiner=0, flops=None)
     assert args.seed == 0
-    (tmp_path / "args.json").write_text("{}")
-    assert parse_arguments(["--resume", "--out", str(tmp_path)]).steps is None
-    (tmp_path / "args.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is no JSON object"):
-        parse_arguments(["--resume", "--out", str(tmp_path)])
+    for content, message in (("{}", "data is None"), ("[1]", "is no JSON object")):
+        (tmp_path / "args.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(["--resume", "--out", str(tmp_path)])
 
 
 # --------------------------------------------------------------------------------------------------------
