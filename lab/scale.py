@@ -55,7 +55,7 @@ from lab.study import find_revision, machine_name
 from machine import RESIDENT_SHARE, pick_device, run_command
 from run import DEFAULTS, Checkpoint, Diverged, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point
-from text_encoder import Prompts, located
+from text_encoder import NULL_PROMPT, Features, Prompts, encode, located, make_encoder
 from train import learning_rate, make_step, parse_arguments, random_batch, update_ema
 from validate import snapshot
 
@@ -105,6 +105,17 @@ class SharedData(Data):
 
     __hash__ = object.__hash__
     fingerprint = cache(Data.fingerprint)
+
+
+class PromptsInMemory(Prompts):
+    """Prompts whose features are not checked and not written to the cache. Of hundreds of thousands of
+    captions that would take longer than reading them does on a GPU."""
+
+    def __init__(self, texts, metadata, device):
+        texts = sorted({NULL_PROMPT, *texts})
+        encoder = make_encoder(metadata["text_encoder"], device=device)
+        self.features = [Features(texts, *encode(texts, encoder)).to(device)]
+        self.null = self.features[0].row_of[NULL_PROMPT]
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,9 @@ def open_scale(args) -> Scale:
     metadata = {**DEFAULTS, "text_encoder": located(train_args.text or "minilm")}
     config = new_config(train_args)
     data = SharedData(*open_data(train_args, config, metadata["fps"], [], device))
-    prompts = Prompts(data.texts(), metadata, 0, device)
+    texts = data.texts()
+    on_gpu = device.type == "cuda"
+    prompts = PromptsInMemory(texts, metadata, device) if on_gpu else Prompts(texts, metadata, 0)
     batches = list(validation_batches(data.held_out["val_loss"], prompts, device))
     costs = {}
     for depth in RATES:

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import train_without_pictures
 from lab import report, scale, study
+from text_encoder import Prompts
 
 FEW = (
     "never grown", "large from scratch", "large from scratch, additional compute", "doubled at 50 %",
@@ -120,6 +122,16 @@ def test_tuning_trains_each_size_from_scratch(quick, whole, capsys):
         loss = json.loads(whole[f"1-{name}-3.json"])["curve"][-1]["val_loss"]
         assert f"| {row} | {loss:.4f} |" in table
     assert table.count(" blocks, rate ") == 9
+
+
+def test_features_in_memory_are_those_of_the_cache(encoder_name):
+    texts = ["a red cat", "surfing", "a cat", "surfing"]
+    metadata = {"text_encoder": encoder_name}
+    prompts = scale.PromptsInMemory(texts, metadata, torch.device("cpu"))
+    reference = Prompts(texts, metadata, 0)
+    assert prompts.null == reference.null and prompts.lengths == reference.lengths
+    for mine, other in zip(prompts.batch(texts), reference.batch(texts), strict=True):
+        assert torch.equal(mine, other)
 
 
 # --------------------------------------------------------------------------------------------------------
