@@ -507,7 +507,7 @@ SCALE = (
     " needs for the same loss, by the power law between two budgets, and in brackets the same if the base is"
     " there already and its FLOPs are not counted. *Mixes at* is the step after growth from which the loss is"
     " lower than that of *never grown* at equal FLOPs, for each seed. Tokens are those of the clips, as often"
-    " as they were seen, the base's included."
+    " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
 NEVER, SCRATCH = "never grown", "large from scratch"
 
@@ -590,6 +590,42 @@ def scale_section(found, folder: Path) -> list[str]:
         text.append(f"Budget {budget:g} ({clips} clips, {batch} a step):")
         text.append(budget_table(found, budget))
     return text
+
+
+BLOCKS = (
+    "What each block does, before growth, at growth and after training (lab/blocks.py). The importance of a"
+    " block is 1 - E[cos(input, output)] (SANA-1.5). Its removal cost is the loss on `rich` without it, minus"
+    " that of the whole model. The table has means over the old and over the new blocks of a model; in the"
+    " picture the new blocks are hollow:"
+)
+WHEN = ("before", "at growth", "after")
+
+
+def mean_of_blocks(result, name, new) -> float | None:
+    """The mean of a number of the blocks of a result over the new ones, or over the old ones."""
+    values = [value for value, is_new in zip(result[name], result["new"], strict=True) if is_new == new]
+    return mean(values) if values else None
+
+
+def blocks_table(found) -> str:
+    """Means over old and new blocks. found: {(where, when): {seed: result}}."""
+    rows = []
+    for (where, when), by_seed in found.items():
+        cells = [f"{where}, {when}" if where else when]
+        cells.append(spread([result["loss"] for result in by_seed.values()], 4))
+        for name in ("importance", "cost"):
+            for new in (False, True):
+                values = [mean_of_blocks(result, name, new) for result in by_seed.values()]
+                cells.append(spread(values, 4))
+        rows.append(cells)
+    titles = ["checkpoint", "loss", "importance, old", "importance, new"]
+    return markdown_table([*titles, "removal cost, old", "removal cost, new"], rows)
+
+
+def blocks_section(found, folder: Path) -> list[str]:
+    """What the new blocks do. found: {(where, when): {seed: result}}."""
+    plot_blocks(found, folder / "blocks.png")
+    return ["## What the blocks do", BLOCKS, blocks_table(found), "![Blocks](blocks.png)"]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -731,6 +767,43 @@ def plot_window(found, path: Path):
     save_plot(figure, path)
 
 
+def draw_blocks(axes, by_seed, name, when, places):
+    """A number of each block at its place in the grown model, mean and standard deviation over seeds; new
+    blocks are hollow. by_seed: {seed: result} of one kind of checkpoint."""
+    values = np.array([result[name] for result in by_seed.values()])  # (seeds, blocks)
+    middle, deviation = values.mean(0), values.std(0, ddof=len(values) > 1)
+    colour = f"C{WHEN.index(when)}"
+    axes.errorbar(places, middle, deviation, color=colour, capsize=2, lw=1, label=when)
+    for place, value, new in zip(places, middle, next(iter(by_seed.values()))["new"], strict=True):
+        axes.plot(place, value, "o", color=colour, mfc="white" if new else colour)
+
+
+def plot_blocks(found, path: Path):
+    """Importance and removal cost of each block, for the models whose blocks were inserted and for those that
+    got them at the end. The blocks of the base stand where they are after growth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for column, where in enumerate(("insert", "suffix")):
+        kinds = {"before": ("", "before"), "at growth": (where, "at growth"), "after": (where, "after")}
+        grown = found.get(kinds["after"]) or found.get(kinds["at growth"])
+        if not grown:
+            continue
+        new = next(iter(grown.values()))["new"]
+        old_places = [place for place, is_new in enumerate(new) if not is_new]
+        for row, (name, label) in enumerate((("importance", "importance"), ("cost", "removal cost"))):
+            axes = grid[row, column]
+            for when, kind in kinds.items():
+                if kind in found:
+                    places = old_places if when == "before" else range(len(new))
+                    draw_blocks(axes, found[kind], name, when, places)
+            axes.set(title=where if row == 0 else None, xlabel="block" if row else None)
+            axes.set(ylabel=None if column else label)
+            axes.legend(fontsize=8)
+    save_plot(figure, path)
+
+
 # --------------------------------------------------------------------------------------------------------
 # The report
 
@@ -812,6 +885,15 @@ def read_scale(folder: Path) -> dict:
     return found
 
 
+def read_blocks(folder: Path) -> dict:
+    """The results of lab/blocks.py -> {(where, when): {seed: result}}, in the order of life."""
+    results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    found = {}
+    for result in sorted(results, key=lambda each: (each["where"], WHEN.index(each["when"]), each["seed"])):
+        found.setdefault((result["where"], result["when"]), {})[result["seed"]] = result
+    return found
+
+
 def provenance(results) -> str:
     """The commits and machines that the numbers are from."""
     sources = set()
@@ -841,8 +923,9 @@ def write_report(folder: Path, parts) -> str:
     found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
     scale = read_scale(folder / "scale")
+    blocks = read_blocks(folder / "blocks")
     sources = [*results]
-    for arms in scale.values():
+    for arms in (blocks, *scale.values()):
         for by_seed in arms.values():
             sources += by_seed.values()
     if not sources:
@@ -861,6 +944,8 @@ def write_report(folder: Path, parts) -> str:
         text += longer_section(found["longer"], folder)
     if scale:
         text += scale_section(scale, folder)
+    if blocks:
+        text += blocks_section(blocks, folder)
     text += actors_section(folder)
     if language:
         text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
