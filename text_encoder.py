@@ -46,8 +46,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -73,8 +71,6 @@ TEXT_HALVES = {  # families of which one half is a text encoder, and has a class
     "umt5": "UMT5EncoderModel",
     "clip": "CLIPTextModel",
 }
-HUB = "huggingface.co"
-PROXIES = ("HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT")  # environment variables that lead elsewhere
 LLM_LAYERS = ("last", "middle", "mean")  # which hidden states of an LLM are its features
 LLM_TOKENS = 256  # an LLM reads so many tokens of a prompt; the rest is truncated
 SYSTEM = "You are a helpful language and vision assistant."  # ModelGrow, figure 2
@@ -162,7 +158,7 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if offline:
-            reason = f"there is no such directory here, and {HUB} cannot be reached"
+            reason = "there is no such directory here, and the Hub cannot be reached"
         if cache_dir() in Path(source).parents:  # unpacked by `unpack_gguf` and damaged since
             reason += f"; delete {source}, and it is unpacked again"
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
@@ -192,12 +188,13 @@ def located(name: str) -> str:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, after 3 s at most. Behind a proxy only a download can tell."""
-    if any(name.upper() in PROXIES for name in os.environ):
-        return True
+    """Whether the Hub, or what stands in its place (HF_ENDPOINT, a proxy), answers one request in 3 s. A
+    download would try again for a minute."""
+    from huggingface_hub import constants, get_session
+
     try:
-        socket.create_connection((HUB, 443), timeout=3).close()
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception:  # which classes there are depends on the HTTP library that huggingface_hub uses
         return False
     return True
 

@@ -2,11 +2,14 @@
 that load but cannot do their work, and other input that a program takes without a word.
 """
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_clips import lay_out, moving_square
 
@@ -512,20 +516,26 @@ def test_a_failed_start_leaves_no_folder(tmp_path, encoder_name):
 
 
 def test_the_hub_is_not_waited_for(monkeypatch):
-    """Without a network a Hub id is refused at once, unless it was loaded before."""
-    for name in list(os.environ):
-        if name.upper() in text_encoder.PROXIES:
-            monkeypatch.delenv(name)
-    calls = []
+    """Where nobody answers, a Hub id that was never loaded is refused after one request."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        calls = []
+        listener = threading.Thread(target=hang_up, args=(hub, calls), daemon=True)
+        listener.start()
+        with pytest.raises(OSError, match=r"cannot load 'no/such' .*the Hub cannot be reached"):
+            TextEncoder("no/such")
+        hub.shutdown(socket.SHUT_RDWR)
+    listener.join()
+    assert len(calls) <= 2  # more retries would wait
 
-    def refuse(*address, **how):
-        calls.append(address)
-        raise OSError("Network is unreachable")
 
-    monkeypatch.setattr(text_encoder.socket, "create_connection", refuse)
-    with pytest.raises(OSError, match=r"cannot load 'no/such' .*huggingface\.co cannot be reached"):
-        TextEncoder("no/such")
-    assert len(calls) <= 2  # retries would wait
+def hang_up(server, calls):
+    """Answer no call, and note who called, until the server is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection, caller = server.accept()
+            calls.append(caller)
+            connection.close()
 
 
 # --------------------------------------------------------------------------------------------------------
