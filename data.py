@@ -352,7 +352,7 @@ def captions_of(scenes, style="short", vocabulary="train", drop_attribute: float
 def rendered(which, count, seed, pairs, frames, size, device):
     """The scenes of `make_scenes(which, count, seed, pairs)`, and their clips as uint8 (count, 3, T, H, W) on
     `device`, a name. The runs of a study are in one process and use the same ones, so the last few sets are
-    kept. Nobody may write into them."""
+    kept. They are shared, so they must not be changed."""
     scenes = make_scenes(which, count, seed, pairs)
     # 128 clips of 8 frames of 32x32 at once fit a CPU's caches. A GPU takes more, since it has large kernels.
     pixels = 2**20 if device == "cpu" else 2**24

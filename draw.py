@@ -17,7 +17,7 @@ and on any device. On one core of a CPU a clip of 8 frames of 32x32 took 0.6 ms 
 of which layout took less than 0.05 ms.
 
 **Determinism.** What a caption does not say (exact place, size, phase of a wave) comes from the scene's seed.
-On one CPU a scene renders to the same bits each time, in whatever batch. Another kind of CPU, or a GPU, may
+On one CPU a scene renders to the same bits each time, in any batch. Another kind of CPU, or a GPU, may
 round a few pixels differently, by one of 255.
 
 Left out: light, perspective, texture, and occlusion other than by order. Real clips have them; this world
@@ -398,7 +398,7 @@ def rgb(colour, like):
 
 
 def paint_dots(image, x, y, a, b, count, height, radius, colour):
-    """Stars or snowflakes. Steps of the golden ratio spread them evenly, whatever a and b are."""
+    """Stars or snowflakes. Steps of the golden ratio spread them evenly, for any a and b."""
     for i in range(count):
         dot_x = (a + 0.618 * i) % 1 * 2 - 1
         dot_y = (b + 0.381 * i * i) % 1 * height - 1
