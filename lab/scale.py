@@ -366,12 +366,21 @@ def first_checkpoint(scale: Scale, job: Job, args) -> Checkpoint:
     return start
 
 
+def new_stream(device) -> torch.cuda.Stream | None:
+    """A stream that begins after what the device has been asked to do; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
 def begin(scale: Scale, job: Job) -> Stretch:
     """Prepare a job, on a GPU in a stream of its own."""
     args = parse_arguments([*job.arguments, *(["--from", str(job.start)] if job.grows else [])])
     if job.start and not job.grows:
         args.resume, args.out = True, str(job.start)
-    stream = torch.cuda.Stream() if scale.device.type == "cuda" else None
+    stream = new_stream(scale.device)
     with torch.cuda.stream(stream):
         start = first_checkpoint(scale, job, args)
         tr = build(args, start, scale.data, scale.prompts, scale.device)
