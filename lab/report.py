@@ -303,18 +303,18 @@ def equal_loss_ratio(found, budget, arm, other, seed) -> float | None:
     return None if needed is None else other_flops / needed
 
 
-def crossing(found, arm, other, seed) -> str:
-    """From how many FLOPs on the final loss of an arm is lower than that of another one: "2.5e+14", "always"
-    (from the smallest budget on), "never" or "" (too few results). Between two budgets the difference is
+def crossing(found, arm, other, seed) -> float | None:
+    """From how many FLOPs on the final loss of an arm is lower than that of another one; 0 if it is from the
+    smallest budget on, None if it never is or a result is missing. Between two budgets the difference is
     taken as straight over the logarithm of the FLOPs."""
     mine, theirs = (final_losses(found, name, seed) for name in (arm, other))
     if len(mine) != len(theirs) or not mine:
-        return ""
+        return None
     gaps = [(math.log(x), loss - lower) for (x, loss), (_, lower) in zip(mine, theirs, strict=True)]
     if gaps[0][1] < 0:
-        return "always"
+        return 0.0
     reached = first_reached(gaps, 0.0)
-    return "never" if reached is None else f"{math.exp(reached):.2g}"
+    return None if reached is None else math.exp(reached)
 
 
 def steps_to_cross(result, reference) -> int | None:
@@ -510,6 +510,8 @@ SCALE = (
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
 NEVER, SCRATCH = "never grown", "large from scratch"
+EXTRA = "large from scratch, additional compute"  # as much as HALFWAY spends after growth
+HALFWAY = "doubled at 50 %"
 
 
 def ratio_cell(found, budget, arm, other) -> str:
@@ -559,18 +561,27 @@ def budget_table(found, budget) -> str:
     return markdown_table([*titles, "mixes at", "tokens per parameter"], rows)
 
 
+def crossing_word(flops: float | None) -> str:
+    """What `crossing` says, in a word."""
+    if flops is None:
+        return "never"
+    return f"{flops:.2g}" if flops else "always"
+
+
 def crossing_table(found) -> str:
     """From how many FLOPs on each arm has the lower loss, for each seed."""
-    arms = {}
+    seeds_of = {}
     for by_arm in found.values():
         for arm, by_seed in by_arm.items():
-            arms.setdefault(arm, set()).update(by_seed)
+            seeds_of.setdefault(arm, set()).update(by_seed)
     rows = []
-    for arm, seeds in arms.items():
+    for arm, seeds in seeds_of.items():
+        if arm == EXTRA:  # it spends less
+            continue
         cells = [arm]
         for other in (NEVER, SCRATCH):
-            words = [crossing(found, arm, other, seed) for seed in sorted(seeds)]
-            cells.append(", ".join(words) if arm != other and all(words) else "")
+            words = [crossing_word(crossing(found, arm, other, seed)) for seed in sorted(seeds)]
+            cells.append(", ".join(words) if arm != other else "")
         rows.append(cells)
     titles = ["FLOPs from which the final loss is lower than that of", f"*{NEVER}*", f"*{SCRATCH}*"]
     return markdown_table(titles, rows)
@@ -589,6 +600,9 @@ def scale_section(found, folder: Path) -> list[str]:
         clips, batch = (arguments[arguments.index(name) + 1] for name in ("--clips", "--batch"))
         text.append(f"Budget {budget:g} ({clips} clips, {batch} a step):")
         text.append(budget_table(found, budget))
+        if HALFWAY in arms and EXTRA in arms:
+            same = f"If the base is there already, *{HALFWAY}* and *{EXTRA}* spend the same."
+            text.append(f"{same} The first one's loss is lower by {lower_cell(arms, HALFWAY, EXTRA)}.")
     return text
 
 
@@ -718,30 +732,36 @@ def plot_timing(found, targets, path: Path):
 
 
 def plot_scale(found, path: Path):
-    """Loss over FLOPs of every budget: the curves part where the learning rate decays. The bands are the
-    standard deviation over seeds."""
+    """Loss over FLOPs of every budget: the curves part where the learning rate decays. A dotted line is where
+    the final loss crosses that of never growing, mean over seeds."""
     figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich")
     axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
-    for number, arm in enumerate((NEVER, SCRATCH, "doubled at 50 %")):
-        label = arm
-        for arms in found.values():
-            curves = [loss_curve(result, "val_loss") for result in arms.get(arm, {}).values()]
-            if not curves:
-                continue
-            flops = [point[1] for point in curves[0]]
-            losses = np.array([[point[2] for point in curve] for curve in curves])  # (seeds, points)
-            middle, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
-            style = {"color": f"C{number}"}
-            axes.plot(flops[1:], middle[1:], label=label, lw=1, **style)
-            axes.fill_between(
-                flops[1:], (middle - deviation)[1:], (middle + deviation)[1:], alpha=0.2, lw=0, **style
-            )
-            axes.plot(flops[-1], middle[-1], "o", **style)
+    for number, arm in enumerate((NEVER, SCRATCH, HALFWAY)):
+        colour = f"C{number}"
+        budgets = [arms[arm] for arms in found.values() if arm in arms]
+        for by_seed in budgets:
+            draw_band(axes, by_seed, colour)
+        if budgets:
+            axes.plot([], [], color=colour, label=arm)
             axes.legend()
-            label = None  # once in the legend
+        seeds = {seed for by_seed in budgets for seed in by_seed}
+        crossings = [crossing(found, arm, NEVER, seed) for seed in seeds]
+        if arm != NEVER and crossings and all(crossings):
+            axes.axvline(mean(crossings), color=colour, ls=":", lw=1)
     save_plot(figure, path)
+
+
+def draw_band(axes, by_seed, colour):
+    """The curve of an arm with one budget: mean and standard deviation over seeds, without the start."""
+    curves = [loss_curve(result, "val_loss")[1:] for result in by_seed.values()]
+    flops = [point[1] for point in curves[0]]
+    losses = np.array([[point[2] for point in curve] for curve in curves])  # (seeds, points)
+    middle, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
+    axes.plot(flops, middle, color=colour, lw=1)
+    axes.fill_between(flops, middle - deviation, middle + deviation, color=colour, alpha=0.2, lw=0)
+    axes.plot(flops[-1], middle[-1], "o", color=colour)
 
 
 def plot_window(found, path: Path):
@@ -760,9 +780,9 @@ def plot_window(found, path: Path):
             if values:
                 deviation = stdev(values) if len(values) > 1 else 0
                 points.append((mine[seeds[0]]["flops"], mean(values), deviation))
-        if points and arm != NEVER:
+        if points and arm not in (NEVER, EXTRA):
             style = {"color": PLOT_COLOURS[number], "ls": "--" if "plain" in arm else "-"}
-            axes.errorbar(*zip(*points, strict=True), marker="o", capsize=2, label=arm, **style)
+            axes.errorbar(*zip(*points, strict=True), marker="o", ms=4, capsize=2, label=arm, **style)
             axes.legend(fontsize=7)
     save_plot(figure, path)
 

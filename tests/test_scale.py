@@ -209,6 +209,7 @@ def power_laws(seeds=(0,)):
                 "never grown": 8 * flops**-0.2,
                 "large from scratch": 16 * flops**-0.3,
                 "doubled at 50 %": 6.4 * flops**-0.2,
+                "large from scratch, additional compute": 16 * (flops / 2) ** -0.3,
             }
             for arm, loss in losses.items():
                 base = 0.5 if "doubled" in arm else 0.0
@@ -254,10 +255,11 @@ def test_crossing():
             "a": {0: made_up("a", 0, budget, 1.0 - 0.1 * (i - 1.5))},
             "b": {0: made_up("b", 0, budget, 1.0)},
         }
-    assert report.crossing(found, "a", "b", 0) == "8e+02"
-    assert report.crossing(found, "b", "a", 0) == "always"
+    assert report.crossing(found, "a", "b", 0) == pytest.approx(800)
+    assert report.crossing(found, "b", "a", 0) == 0
     found[64]["a"][0]["curve"][-1]["val_loss"] = found[16]["a"][0]["curve"][-1]["val_loss"] = 2.0
-    assert report.crossing(found, "a", "b", 0) == "never" and report.crossing(found, "a", "b", 1) == ""
+    assert report.crossing(found, "a", "b", 0) is None and report.crossing(found, "a", "b", 1) is None
+    assert [report.crossing_word(flops) for flops in (800.0, 0.0, None)] == ["8e+02", "always", "never"]
 
 
 def test_steps_to_cross():
@@ -292,6 +294,8 @@ def test_tables_of_the_report(scale_report):
     gaps = [8 * c**-0.2 - 16 * c**-0.3 for c in (400, 1600)]
     flops = math.exp(math.log(400) + math.log(4) * gaps[0] / (gaps[0] - gaps[1]))
     assert f"| large from scratch | {', '.join([f'{flops:.2g}'] * 3)} |  |" in text
+    gain = 1.01 * (16 * 800**-0.3 - 6.4 * 1600**-0.2)
+    assert f"The first one's loss is lower by {gain:.4f} ± {gain / 101:.4f} (holds)." in text
     assert "Measured at abc on m." in text and "Mean ± standard" not in text
 
 
@@ -314,7 +318,7 @@ def test_a_report_of_what_is_there(whole, quick, tmp_path):
         (tmp_path / "scale" / name).write_bytes(content)
     text = report.write_report(tmp_path, study.PARTS)
     for arm in FEW:
-        assert text.count(f"| {arm} |") == 3
+        assert text.count(f"| {arm} |") == (2 if arm == report.EXTRA else 3)
     for name in whole:
         if "never" in name or name.startswith("2-large"):
             (tmp_path / "scale" / name).unlink()
