@@ -40,6 +40,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,7 @@ from machine import RESIDENT_SHARE, pick_device, run_command
 from run import DEFAULTS, Checkpoint, Diverged, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point
 from text_encoder import NULL_PROMPT, Features, Prompts, encode, located, make_encoder
-from train import learning_rate, make_step, parse_arguments, random_batch, update_ema
+from train import Batch, learning_rate, make_step, parse_arguments, random_batch, update_ema
 from validate import snapshot
 
 UNIT = 2.4e13  # FLOPs: the budget of lab/study.py
@@ -157,44 +158,52 @@ def clips_for(flops: float, device) -> int:
     return count
 
 
+def shared_options(args, device) -> tuple[list[str], list[str]]:
+    """Options of train.py for all arms, and further ones for new models, from those of the command."""
+    if args.quick:
+        size = f"--clips {args.clips or QUICK_CLIPS} --batch {QUICK_BATCH}"
+        return f"{QUICK} {OPTIONS} {size}".split(), QUICK_NEW.split()
+    clips = args.clips or clips_for(max(args.budgets) * UNIT, device)
+    return f"{OPTIONS} --clips {clips} --batch {args.batch}".split(), NEW.split()
+
+
 def open_scale(args) -> Scale:
     """Clips, features and costs, from the options of the command."""
     device = pick_device(args.device)
-    unit = QUICK_UNIT if args.quick else UNIT
-    clips = args.clips or (QUICK_CLIPS if args.quick else clips_for(max(args.budgets) * unit, device))
-    batch = QUICK_BATCH if args.quick else args.batch
-    options = f"{OPTIONS} --clips {clips} --batch {batch}".split()
-    new_options = NEW.split()
-    if args.quick:
-        options, new_options = [*QUICK.split(), *options], QUICK_NEW.split()
+    options, new_options = shared_options(args, device)
     train_args = parse_arguments([*options, *new_options])
-    metadata = {**DEFAULTS, "text_encoder": located(train_args.text or "minilm")}
+    metadata = first_metadata(train_args)
     config = new_config(train_args)
     data = SharedData(*open_data(train_args, config, metadata["fps"], [], device))
     texts = data.texts()
     on_gpu = device.type == "cuda"
     prompts = PromptsInMemory(texts, metadata, device) if on_gpu else Prompts(texts, metadata, 0)
-    batches = list(validation_batches(data.held_out["val_loss"], prompts, device))
     costs = {}
     for depth in RATES:
         model = DiT(replace(config, depth=depth, text_dim=prompts.features[0].dim))
-        costs[depth] = batch * count_flops(model, prompts.lengths)
+        costs[depth] = train_args.batch * count_flops(model, prompts.lengths)
     gc.freeze()  # recording a step collects garbage: it need not search the captions
+    folder = "runs/scale-quick" if args.quick else "runs/scale"
     return Scale(
-        results=Path(args.out or ("runs/scale-quick" if args.quick else "results/scale")),
-        runs=Path(args.runs or ("runs/scale-quick" if args.quick else "runs/scale")),
+        results=Path(args.out or (folder if args.quick else "results/scale")),
+        runs=Path(args.runs or folder),
         options=options,
         new_options=new_options,
         rates=dict(zip(RATES, args.rates, strict=True)),
-        unit=unit,
+        unit=QUICK_UNIT if args.quick else UNIT,
         step_flops=costs,
         data=data,
         prompts=prompts,
-        batches=batches,
+        batches=list(validation_batches(data.held_out["val_loss"], prompts, device)),
         device=device,
         revision=find_revision(),
         machine=machine_name(),
     )
+
+
+def first_metadata(args) -> dict:
+    """The metadata of a new model."""
+    return {**DEFAULTS, "text_encoder": located(args.text or "minilm")}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -349,8 +358,8 @@ class Stretch:
     tr: Training
     step: int  # steps done
     curve: list[dict]  # of the validation loss
+    one_step: Callable[[Batch], torch.Tensor]  # from train.make_step
     stream: torch.cuda.Stream | None
-    one_step: object = None  # from train.make_step
 
 
 def first_checkpoint(scale: Scale, job: Job, args) -> Checkpoint:
@@ -358,9 +367,8 @@ def first_checkpoint(scale: Scale, job: Job, args) -> Checkpoint:
     start = starting_point(args)
     if start is None:
         torch.manual_seed(args.seed)
-        metadata = {**DEFAULTS, "text_encoder": located(args.text or "minilm")}
         model = DiT(replace(new_config(args), text_dim=scale.prompts.features[0].dim))
-        return Checkpoint(model, copy.deepcopy(model), {}, metadata, {})
+        return Checkpoint(model, copy.deepcopy(model), {}, first_metadata(args), {})
     if args.resume:
         del start.metadata["history"][-1]  # it is this run
     return start
@@ -384,13 +392,10 @@ def begin(scale: Scale, job: Job) -> Stretch:
     with torch.cuda.stream(stream):
         start = first_checkpoint(scale, job, args)
         tr = build(args, start, scale.data, scale.prompts, scale.device)
-        stretch = Stretch(job, args, tr, 0, [], stream)
-        if args.resume:
-            stretch.step = tr.trainer_state["step"]
-            stretch.curve = tr.trainer_state["curve"]
-        else:
+        step, curve = tr.trainer_state["step"], tr.trainer_state.get("curve", [])
+        stretch = Stretch(job, args, tr, step, curve, make_step(tr, args.accumulate), stream)
+        if not args.resume:
             validate(scale, stretch)
-        stretch.one_step = make_step(tr, args.accumulate)
     return stretch
 
 
