@@ -304,7 +304,7 @@ def is_done(scale: Scale, job: Job) -> bool:
         return False
     result = json.loads(file.read_text())
     if (result["arguments"], result["base"]) != (job.arguments, list(job.base)):
-        raise ValueError(f"{file} has other arguments: delete it, or choose another --out")
+        raise ValueError(f"{file} was made with other --clips, --batch or --rates: choose another --out")
     return True
 
 
@@ -342,7 +342,7 @@ def check_begun(folder: Path, arguments):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(arguments))
     elif json.loads(file.read_text()) != arguments:
-        raise ValueError(f"{folder} was begun with other arguments: delete it, or choose another --runs")
+        raise ValueError(f"{folder} was begun with other --clips, --batch or --rates: choose another --runs")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def make_parser():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--out", help="folder for the JSON files (results/scale, or runs/scale-quick)")
     add("--runs", help="folder for checkpoints of the plateaus (runs/scale, or runs/scale-quick)")
-    add("--clips", type=int, help="of the training set (a tenth of what the largest budget shows)")
+    add("--clips", type=int, help="to train on; all calls need as many (a tenth of what --budgets show)")
     add("--batch", type=int, default=64, help="clips per step (64)")
     blocks = f"of {SMALL}, {MIDDLE} and {LARGE} blocks"
     add("--rates", nargs=3, type=float, default=list(RATES.values()), help=f"learning rates {blocks}")

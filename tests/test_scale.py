@@ -102,9 +102,9 @@ def test_stops_change_nothing(whole, quick, monkeypatch):
 
 
 def test_other_arguments_are_refused(quick, whole):
-    with pytest.raises(ValueError, match=r"json has other arguments"):
+    with pytest.raises(ValueError, match=r"json was made with other --clips"):
         quick("whole", "--budgets 1 --seeds 3 --rates 0.003 0.003 0.001")
-    with pytest.raises(ValueError, match=r"plateau-4-3 was begun with other arguments"):
+    with pytest.raises(ValueError, match=r"plateau-4-3 was begun with other --clips"):
         quick("whole", "--budgets 1 --seeds 3 --rates 0.001 0.003 0.003 --out nowhere")
     with pytest.raises(ValueError, match=r"budget of 0\.01 does not pay"):
         quick("new", "--budgets 0.01")
