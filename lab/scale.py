@@ -15,8 +15,8 @@ budgets, which count training FLOPs (forward and backward, `dit.count_flops`), t
 zero (warmup-stable-decay, as in arXiv 2511.04981). A run with a smaller budget is therefore the same as one
 with a larger budget, until it decays. So each seed has one plateau of 4 blocks and one of 8. Checkpoints are
 kept at the steps (marks) where an arm leaves it: to decay, or to grow. What is random in a step depends on
-the seed and the step alone (train.py), so each arm has the same bits as the run of train.py that its result
-names, on the same machine.
+the seed and the step alone (train.py). So each arm has the same bits as the run of train.py whose arguments
+its result names: tests/test_scale.py shows that on a CPU.
 
 **Data.** Set `rich` with detailed captions. There are enough clips that the largest budget shows none more
 than ten times on average, if the memory holds them. The loss is that of the averaged weights (EMA) on clips
