@@ -1,0 +1,90 @@
+"""lab/parcel.py and lab/on_gpu.sh: what is measured on a borrowed machine comes home."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import run_training
+from lab import parcel
+from run import load_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def parcelled(tmp_path_factory, encoder_name):
+    """A run of two steps, a result, and the parcel of both."""
+    folder = tmp_path_factory.mktemp("parcel")
+    run = run_training(folder / "runs" / "grown", encoder_name, "--steps 2 --every 2")
+    (run / "samples").mkdir(exist_ok=True)
+    for step in (0, 2):
+        (run / "samples" / f"step_{step:06d}.gif").write_text(f"step {step}")
+    result = folder / "results" / "scale" / "arm-0.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"seed": 0}')
+    parcel.pack(folder / "out", folder / "results", [run])
+    return run, folder / "out"
+
+
+def test_a_parcel_is_put_into_its_places(parcelled, tmp_path):
+    run, out = parcelled
+    for folder in ("results", "pretrained", "assets"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "results" / "reader.json").write_text("stays")
+    written = parcel.take(out, tmp_path)
+    assert all(file.is_file() for file in written)
+    assert json.loads((tmp_path / "results" / "scale" / "arm-0.json").read_text()) == {"seed": 0}
+    assert (tmp_path / "results" / "pretrained" / "grown-metrics.jsonl").is_file()
+    assert (tmp_path / "results" / "reader.json").read_text() == "stays"
+    assert (tmp_path / "assets" / "samples.gif").read_text() == "step 2"
+    (model, metadata), (home, metadata_home) = load_model(run), load_model(tmp_path / "pretrained")
+    assert metadata == metadata_home and model.config == home.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(home.state_dict()[name], weight.bfloat16().float())
+
+
+def test_nothing_else_is_taken(parcelled, tmp_path):
+    """A name that leads out of the folder is refused, and so is a folder without a parcel."""
+    with pytest.raises(FileNotFoundError, match="writes one"):
+        parcel.take(tmp_path)
+    with tarfile.open(tmp_path / "results.tar.gz", "w:gz") as tar:
+        entry = tarfile.TarInfo("../outside.json")
+        entry.size = 2
+        tar.addfile(entry, io.BytesIO(b"{}"))
+    with pytest.raises(tarfile.TarError):
+        parcel.take(tmp_path, tmp_path / "home")
+    assert not (tmp_path / "home" / "outside.json").exists()
+
+
+@pytest.mark.slow
+def test_on_gpu_runs_at_tiny_sizes_on_a_cpu(tmp_path):
+    """All parts, with the real encoders; a second call makes nothing again."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "lab/on_gpu.sh", str(tmp_path), "--quick", "--minutes", "60"]
+
+    def call():
+        environment = {**os.environ, "PATH": path}
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+    done = call()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "results.tar.gz",
+        "model.safetensors",
+        "samples.gif",
+    }
+    curve = json.loads((tmp_path / "results" / "actors" / "pretrained.json").read_text())
+    assert [point["blocks"] for point in curve["points"]] == [1, 1, 1, 2, 2, 2]
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        names = tar.getnames()
+    assert any(name.startswith("scale/") for name in names) and "pretrained/evaluation.json" in names
+    again = call()
+    assert again.returncode == 0 and "train.py" not in again.stdout
+    assert subprocess.run([*command[:3], "--nonsense"], cwd=REPOSITORY, capture_output=True).returncode == 2
