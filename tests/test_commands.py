@@ -318,7 +318,7 @@ USER_ERRORS = [
     ("train.py --quick --from good --grow depth --tune lora", "still zero"),
     ("train.py --quick --from good --grow llm --llm no/such", "cannot load 'no/such'"),
     ("train.py --quick --from good --size 30", "size is 30"),
-    ("train.py --quick --data good", "there are no clips in good"),
+    ("train.py --quick --data good", "there are no clips in "),
     ("data.py --frames 0", "cannot render 0 frames"),
     ("data.py --check nowhere", "there is no folder nowhere"),
     ("grow.py good --width 2 --out taken", "is there already"),
