@@ -48,7 +48,8 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # where Triton launches its kernels
         return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"there is no device {name!r} here: {reason}") from None
 
 
 def bf16_is_fast(device_type: str) -> bool:

@@ -351,6 +351,14 @@ def test_precision_of_devices_that_are_not_here(monkeypatch, device, fast, preci
     assert machine.pick_precision("auto", torch.device(device)) == precision
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac")
+def test_a_device_that_is_not_here_is_refused():
+    """In one short line, though torch says more."""
+    with pytest.raises(ValueError, match="there is no device 'mps' here") as error:
+        machine.pick_device("mps")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
 def bytes_by_hand(model, batch, lengths, precision):
     """What a real forward pass holds: all distinct memory that autograd saves, but the weights."""
     inputs = random_inputs(model.config, batch, lengths[0])
