@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from test_clips import lay_out, moving_square
 
@@ -38,8 +39,8 @@ from machine import cache_dir
 from run import load_model, save_model
 from start import find_data
 from text_encoder import TextEncoder, cached_features, make_encoder
-from train import parse_arguments
-from video import is_marked, save_grid, write_video
+from train import generator_of, parse_arguments
+from video import is_marked, save_grid, write_gif, write_video
 
 HERE = Path(__file__).parent.parent
 
@@ -477,6 +478,34 @@ def test_the_cache_of_another_user(tmp_path, monkeypatch):
 def test_numbers_of_a_sample_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         sample.parse_arguments(["a cat", *options.split()])
+
+
+@pytest.mark.parametrize("fps", [1, 7.5, 8, 12, 24, 30, 50])
+def test_a_gif_lasts_as_long_as_its_clip(tmp_path, fps):
+    """GIF counts in hundredths of a second. The times are read back from the file."""
+    frames = np.random.default_rng(0).integers(0, 255, (48, 8, 8, 3), np.uint8)
+    write_gif(tmp_path / "a.gif", frames, fps)
+    with Image.open(tmp_path / "a.gif") as gif:
+        times = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert len(times) == 48 and sum(times) == pytest.approx(48_000 / fps, abs=5)
+    assert max(times) - min(times) <= 10
+
+
+def numbers_of_a_step(seed):
+    """What a training draws."""
+    return torch.rand(4, generator=generator_of(seed, 7, "cpu"))
+
+
+def noise_of_a_sample(seed):
+    """What sample.py begins with."""
+    return sample.initial_noise(seed, 0, (4,))
+
+
+@pytest.mark.parametrize("draw", [numbers_of_a_step, noise_of_a_sample])
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**64 - 2, 10**30, -1])
+def test_any_number_is_a_seed(seed, draw):
+    """The same number gives the same noise, and the next number another one."""
+    assert torch.equal(draw(seed), draw(seed)) and not torch.equal(draw(seed), draw(seed + 1))
 
 
 @pytest.mark.parametrize(
