@@ -4,6 +4,7 @@
 #   pretrained   the model that comes along: 3 blocks learn both sets of the toy world, are grown to 6 blocks
 #                and by a language model, and continue for the time that is left; with its scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
+#   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
 #   scale        the window of growth: budgets of 1, 4, 16, 64 and 256, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
@@ -26,31 +27,45 @@ left() { echo $((limit - SECONDS - $1)); } # seconds, less some that are needed 
 in_minutes() { python -c "print($1 / 60)"; }
 
 runs=runs/gpu results=results
-data="--data both --words varied --clips 49152"
-base="$data --preset mini --depth 3 --batch 64 --steps 6000 --every 3000 --decay 0 --keep"
+data="--data both --words varied --clips 32768"
+base="$data --preset mini --depth 3 --batch 64 --steps 4000 --every 2000 --decay 0 --keep"
 grown="$data --batch 64 --every 3000 --keep --grow depth,llm"
-actors="--count 100" scores="--count 200" scale="--budgets 1 4 16 64 256"
+actors="--count 100" scores="--count 200" study= scale="--budgets 1 4 16 64 256"
 if [[ $quick ]]; then
     runs=$out/runs results=$out/results
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
     grown="$data --every 2 --keep --grow depth,llm"
-    actors="--count 4" scores="--count 4 --steps 1" scale="--quick"
+    actors="--count 4" scores="--count 4 --steps 1" study="--quick --arms base" scale="--quick"
 fi
 
+run() { # trains the run $1 with options $2, or what is left of it
+    if [[ -d $runs/$1/checkpoint ]]; then
+        python train.py --resume --out $runs/$1
+    else
+        python train.py $2 --out $runs/$1
+    fi
+}
+
 if [[ ! -f $results/actors/pretrained.json ]]; then
-    python train.py $base --out $runs/pretrained-base
-    if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 125))"; fi
-    python train.py $grown $long --from $runs/pretrained-base --out $runs/pretrained
+    [[ -d $runs/pretrained ]] || run pretrained-base "$base"
+    if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
+    run pretrained "$grown $long --from $runs/pretrained-base"
     python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
     mkdir -p $results/pretrained
     python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json
     python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $results
     python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
 fi
-if (($(left 30) > 30)); then
-    python -m lab.scale $scale --minutes $(in_minutes $(left 30)) --runs $runs/scale --out $results/scale
-    rest=()
-    [[ -d $runs/pretrained ]] && rest=($runs/pretrained-base $runs/pretrained)
+rest=()
+[[ -d $runs/pretrained ]] && rest=($runs/pretrained-base $runs/pretrained)
+for part in "rates --seeds 0" "table" "scale"; do
+    (($(left 60) > 0)) || break
+    for_minutes="--minutes $(in_minutes $(left 60)) --runs $runs/study"
+    if [[ $part == scale ]]; then
+        python -m lab.scale $scale $for_minutes --out $results/scale
+    else
+        python -m lab.study $study $for_minutes --parts $part --results $results
+    fi
     python -m lab.parcel $out "${rest[@]}" --results $results
-fi
+done

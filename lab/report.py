@@ -25,7 +25,7 @@ RULE = (
     " with several comparisons holds if all of them hold, and one that is contradicted contradicts it."
 )
 ACTOR_SETS = ("seen", "several actors", "long")  # prompts of one actor, and of two or three in two styles
-LOSS_ONLY = ("timing", "longer")  # parts that compare the loss on the way and sample nothing
+LOSS_ONLY = ("timing", "longer", "rates")  # parts that compare the loss on the way and sample nothing
 
 SCORE_COLUMNS = (  # of a table of scores; a set of prompts has some of them
     "subject", "colour", "motion", "background", "change", "count", "relation", "all",
@@ -72,6 +72,16 @@ Expansion forgets less of the old data than dense continuation.
     insert > continued: basic, equal steps
 LoRA forgets less than expansion.
     lora > insert: basic
+With the same further FLOPs expansion beats dense continuation and LoRA on prompts of several actors.
+    expansion > dense continuation: several actors
+    expansion > dense continuation: long
+    expansion > lora: several actors
+    expansion > lora: long
+The language model helps there too.
+    dense continuation + llm > dense continuation: long
+    expansion + llm > expansion: long
+Expansion forgets fewer of the prompts of one actor than dense continuation.
+    expansion > dense continuation: seen
 Freezing the old blocks, as LLaMA-Pro does, reduces forgetting.
     insert, old blocks frozen > insert: basic
 The language model helps on prompts of several actors, long or short.
@@ -709,6 +719,14 @@ def plot_forgetting(found, starts, path: Path):
     save_plot(figure, path)
 
 
+def rates_section(found) -> list[str]:
+    """The last loss of each kind of further training, by learning rate."""
+    rows = []
+    for arm, by_seed in found.items():
+        rows.append([arm, spread([measure(result, "last") for result in by_seed.values()], 4)])
+    return ["## Learning rates", markdown_table(["kind, rate at width 128", "loss on rich"], rows)]
+
+
 def plot_timing(found, targets, path: Path):
     """How much is saved, over the share of the budget that was spent before growth."""
     figure, axes = new_plot(
@@ -962,6 +980,11 @@ def write_report(folder: Path, parts) -> str:
         text += timing_section(found["timing"], growth["large from scratch"], folder)
     if found["longer"]:
         text += longer_section(found["longer"], folder)
+    if found["rates"]:
+        text += rates_section(found["rates"])
+    if found["table"]:
+        text += ["## The paper's table", *claims(found["table"])]
+        text += score_tables(found["table"], "dense continuation")
     if scale:
         text += scale_section(scale, folder)
     if blocks:

@@ -1,7 +1,7 @@
 """The study: the claims of the paper, tested at a scale that a laptop can afford. `python -m lab.study`
 
 ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks (expansion), and
-expansion with a language model. This study has four parts. Each has a base per seed, from which its arms
+expansion with a language model. This study has six parts. Each has a base per seed, from which its arms
 continue:
 
 **language** - does a language model help? Every arm continues for as many steps on the same clips and
@@ -21,11 +21,15 @@ are then grown to the size of *large from scratch*. How soon do they reach its f
 **longer** - with four times that budget, nearer to the limit of the small model, is it better to grow it than
 to continue?
 
+**rates, table** - the paper's table, for a GPU: the base of `python train.py` is trained further on `rich`,
+with short and detailed captions, by dense continuation, LoRA and expansion, with and without an LLM, all with
+the same FLOPs and a decay at the end. Part rates finds the learning rate of each kind first, on one seed.
+
 **FLOPs** are those of a training step, forward and backward (`dit.count_flops`), without the frozen text
 encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
 not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
 learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the
-averaged weights (EMA) are judged. In part language, where only ends are compared, the rate decays.
+averaged weights (EMA) are judged. In parts language and table, where only ends are compared, the rate decays.
 
 **What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
 those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
@@ -35,15 +39,17 @@ decide weights, batches and noise; clips, captions and test prompts are the same
 curve of the loss, scores. Finished arms are skipped, and a run that was killed resumes from its checkpoint.
 `--report` makes tables, pictures and verdicts from the JSON files alone (lab/report.py).
 
-Left out: a search for the best learning rate of each arm, and budgets beyond four times 2.4e13 FLOPs.
+Left out: a search for the best learning rate in the first four parts. Larger budgets: lab/scale.py.
 """
 
 import argparse
 import copy
 import json
+import math
 import platform
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +137,28 @@ LONGER = {
     "insert at 50 %": Arm("_small 50 %", f"{PLATEAU}{FAR} --grow depth"),
     "never grown": Arm("_small 50 %", PLATEAU + FAR),
 }
+
+# For a GPU. The base is that of `python train.py`; all arms spend four times its FLOPs more.
+PRESET = "--batch 64 --every 100000 --preset tiny --data basic --decay 0 --flops 1.7e14"
+FURTHER = "--batch 64 --every 100000 --data rich --captions both --clips 32768 --flops "
+KINDS = {  # of further training: options
+    "dense continuation": "",
+    "lora": "--tune lora ",
+    "expansion": "--grow depth ",
+    "dense continuation + llm": "--grow llm ",
+    "expansion + llm": "--grow depth,llm ",
+}
+TABLE = {"base": Arm(None, PRESET)}
+RATES = {"base": Arm(None, PRESET)}
+for kind, how in KINDS.items():
+    TABLE[kind] = Arm("base", FURTHER + "8.5e14 " + how)
+for kind in ("dense continuation", "lora", "expansion"):
+    for rate in (1.5e-3, 3e-3, 6e-3):  # at width 128; the base has 3e-3
+        RATES[f"{kind}, {rate:g}"] = Arm("base", f"{FURTHER}3.7e14 {KINDS[kind]}--lr {rate:g}")
+
 PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
+PARTS |= {"rates": RATES, "table": TABLE}
+ON_CPU = ("language", "growth", "timing", "longer")  # what `python -m lab.study` runs
 
 SOLVER_STEPS = 6  # of scored clips; more of them did not change the scores
 GALLERY = ("base", "lora", "insert", "insert + llm")
@@ -367,9 +394,10 @@ def make_parser():
     )
     arms = "; ".join(f"{part} ({', '.join(PARTS[part])})" for part in PARTS).replace("%", "%%")
     add = parser.add_argument
-    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="questions (all)")
+    add("--parts", nargs="+", default=ON_CPU, choices=PARTS, help="questions (all but rates and table)")
     add("--arms", nargs="+", metavar="ARM", help=f"of: {arms} (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--minutes", type=float, default=math.inf, help="begin no arm after that; call again to continue")
     add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
     add("--results", help="folder for the JSON files and the report (results, or runs/study-quick)")
     add("--quick", action="store_true", help="all arms in a minute or two; nothing is learned")
@@ -382,8 +410,9 @@ def make_parser():
     return parser
 
 
-def run_study(study: Study, parts, arms, seeds):
-    """Train and score what is not there yet. arms: names, or None for all."""
+def run_study(study: Study, parts, arms, seeds, deadline=math.inf):
+    """Train and score what is not there yet. arms: names, or None for all. After `deadline` (by
+    time.monotonic) no arm is begun."""
     if not study.quick:
         proof = prove(study.reader)
         print(score_table(proof))
@@ -392,14 +421,16 @@ def run_study(study: Study, parts, arms, seeds):
     for part in parts:
         for seed in seeds:
             for arm in PARTS[part]:
-                if arms is None or arm in arms:
+                if (arms is None or arm in arms) and time.monotonic() < deadline:
                     run_arm(study, part, arm, seed)
     write_gallery(study, seeds[0])
 
 
 def main(argv=None):
     """Run what is not there yet, then report: `python -m lab.study`."""
+    deadline = time.monotonic()
     args = make_parser().parse_args(argv)
+    deadline += 60 * args.minutes
     known = {arm for part in args.parts for arm in PARTS[part]}
     for arm in args.arms or ():
         if arm not in known:
@@ -412,7 +443,7 @@ def main(argv=None):
         runs = Path(args.runs or quick or "runs/study")
         reader = Reader().eval() if args.quick else get_reader()
         study = Study(runs, results, reader, find_revision(), args.quick)
-        run_study(study, args.parts, args.arms, args.seeds[:1] if args.quick else args.seeds)
+        run_study(study, args.parts, args.arms, args.seeds[:1] if args.quick else args.seeds, deadline)
     print(write_report(results, PARTS))
 
 
