@@ -17,7 +17,7 @@ running them. `GraphedStep` records them once as a CUDA graph and launches that.
 
 **Errors.** ValueError and OSError are errors of the user: a wrong option, a missing file. `run_command`
 prints them as one line and ends with status 2. Everything else is a bug and keeps its traceback. A line that
-cannot be printed is no error: see `SafeOutput`.
+cannot be printed is not an error: see `SafeOutput`.
 
 Left out: logging levels, configuration files, environment switches other than MODELGROW_CACHE.
 """
@@ -173,7 +173,7 @@ class GraphedStep:
 def cache_dir() -> Path:
     """The folder for what is expensive to compute (features, decoded clips): MODELGROW_CACHE, or
     ~/.cache/modelgrow, or for a user without a home, as in some containers, a folder of temporary files. It
-    is made if need be. Raises OSError if it belongs to somebody else."""
+    is made if need be. Raises OSError if it belongs to another user."""
     if os.environ.get("MODELGROW_CACHE"):
         path = Path(os.environ["MODELGROW_CACHE"])
     else:
@@ -190,7 +190,7 @@ def homeless_cache_dir() -> Path:
     path = Path(tempfile.gettempdir(), f"modelgrow-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid():
-        raise OSError(f"{path} belongs to somebody else: set MODELGROW_CACHE")
+        raise OSError(f"{path} belongs to another user: set MODELGROW_CACHE")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path / "inductor"))
     return path
 
@@ -216,8 +216,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 class SafeOutput:
     """A text stream that never fails, so that no work is lost because a line cannot be printed. What the
-    encoding lacks is written as \\u2514. When nobody reads any more (`| head`), or the disk is full, the rest
-    goes nowhere."""
+    encoding lacks is written as \\u2514. When the reader of the pipe has gone (`| head`), or the disk is
+    full, the rest goes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -70,7 +70,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def first_process_first():
-    """Process 0 does it alone; then the others, who find what it left in the caches."""
+    """Process 0 runs the block first; then the others, which find its results in the caches."""
     if RANK:
         agree(0)  # wait
     yield

@@ -137,7 +137,7 @@ class Data(NamedTuple):
 
 
 def open_data(args, config, fps: float, history: list[dict], device) -> Data:
-    """The clips to train on, and those held out. Raises ValueError or OSError in one line."""
+    """The clips to train on, and those held out. Raises ValueError or OSError with a one-line message."""
     few = min(args.clips or VALIDATION_CLIPS, VALIDATION_CLIPS)
     shape = {"frames": config.frames, "size": config.size}
     if args.data in SETS:
@@ -194,7 +194,7 @@ class Training:
     peak: float  # learning rate on the plateau
     lr_before: float  # learning rate at which the base stopped
     flops: int  # of a step
-    steps_before: int  # of the base, so that draws and EMA go on where it stopped
+    steps_before: int  # of the base: random draws and the EMA's warm-up continue from there
     metadata: dict  # of the checkpoint; its history ends before this run
     trainer_state: dict  # where the run stands, as it is saved
 
@@ -290,10 +290,10 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     )
 
 
-def held_bytes(model: DiT, batch: int, lengths, precision, again: bool) -> int:
+def held_bytes(model: DiT, batch: int, lengths, precision, recompute: bool) -> int:
     """Bytes that a forward pass on `batch` clips holds until the backward pass: inputs and saved tensors, but
-    not the parameters. lengths: tokens of the prompts, for each encoder; again: blocks are computed again in
-    the backward pass. Attention is torch's fused one."""
+    not the parameters. lengths: tokens of the prompts, for each encoder; recompute: blocks are computed again
+    in the backward pass. Attention is torch's fused one."""
     config = model.config
     held = []
 
@@ -303,7 +303,7 @@ def held_bytes(model: DiT, batch: int, lengths, precision, again: bool) -> int:
 
     with FakeTensorMode():  # on a CPU that is not there, which has autocast, unlike device "meta"
         ghost = DiT(config)
-        ghost.checkpoint_activations = again
+        ghost.checkpoint_activations = recompute
         set_attention(ghost, "sdpa")
         for mine, other in zip(ghost.parameters(), model.parameters(), strict=True):
             mine.requires_grad_(other.requires_grad)
@@ -326,10 +326,10 @@ def memory_needed(model: DiT, batch: int, lengths, precision, resident=0, shards
     """About how many bytes of a GPU the training of `model` takes with `batch` clips at once. resident: of
     clips and features that lie there; shards: processes that share the state. Other arguments as for
     `held_bytes`."""
-    config, again = model.config, model.checkpoint_activations
+    config, recompute = model.config, model.checkpoint_activations
     state = sum(p.nbytes * (5 if p.requires_grad else 2) for p in model.parameters())
-    held = held_bytes(model, batch, lengths, precision, again)
-    if again:  # the inside of the block that is computed again
+    held = held_bytes(model, batch, lengths, precision, recompute)
+    if recompute:  # the inside of the block that is computed again
         held += (held_bytes(model, batch, lengths, precision, False) - held) // config.depth
     # A recorded step keeps its memory, so validation needs more: x in float32 and, in 16 bits, its norm and
     # the hidden channels before and after the GELU.
@@ -386,7 +386,7 @@ def make_optimizer(model, optimizer_state: dict, lr: torch.Tensor) -> torch.opti
 
 
 def first_state(args, start: Checkpoint, fingerprint: str, base_lr: float) -> dict:
-    """The trainer state from which the run goes on. Raises ValueError if a resumed run had other clips."""
+    """The trainer state from which the run continues. Raises ValueError if a resumed run had other clips."""
     state = start.trainer_state
     if args.resume:
         if state.get("data", fingerprint) != fingerprint:

@@ -94,7 +94,7 @@ def run_sections(sections, bench) -> dict[str, list[dict]]:
             if left <= 0:
                 raise TimeoutError(f"skipped, because {bench.minutes:g} minutes are over")
             results[name] = section(replace(bench, minutes=left))
-        except Exception as error:  # whatever it is, the other sections shall run
+        except Exception as error:  # whatever it is, the other sections still run
             results[name] = [{"failed": f"{type(error).__name__}: {error}"}]
         print(f"{name}: {time.perf_counter() - begin:.0f} s since the start")
     return results

@@ -130,8 +130,8 @@ def score_several(reader, videos, scenes) -> dict[str, float]:
     Shares of the actors asked for: "subject", those found; and those found with the right "colour" (of actors
     whose colour stays), "motion" (also for a "direction" and another "action" alone), "change" (of actors
     that change), and "count" (of two or three equal ones). Shares of clips: "together", all found;
-    "relation", actor 0 found on its side of actor 1; "background"; "all" of these at once. A question that
-    nobody was asked is left out."""
+    "relation", actor 0 found on its side of actor 1; "background"; "all" of these at once. Attributes that
+    no prompt asks for are left out."""
     pred = predict(reader, videos)
     target = labels(scenes, videos.device)
     asked = target["presence"].bool()  # (B, kinds)

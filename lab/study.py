@@ -119,7 +119,7 @@ GROWTH = {
     "large from scratch": Arm(None, f"{NEW}{RICH}--depth 8"),
 }
 
-# One small model goes on from share to share of the budget, and is grown at each.
+# One small model continues from share to share of the budget, and is grown at each.
 TIMING = {
     "_small 5 %": Arm(None, f"{NEW}{SPEND}{BUDGET * 0.05:g}"),
     "insert at 5 %": Arm("_small 5 %", DEPTH),

@@ -434,7 +434,7 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
     assert path.parent == tmp_path and path.is_dir() and path == cache_dir()
     path.rmdir()
     path.symlink_to(tmp_path)
-    with pytest.raises(OSError, match="belongs to somebody else: set MODELGROW_CACHE"):
+    with pytest.raises(OSError, match="belongs to another user: set MODELGROW_CACHE"):
         cache_dir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what was set is taken back
 
