@@ -444,7 +444,9 @@ class Run:
     def steps(self):
         """Step numbers from the present one on, with a progress bar, until `total` steps are done or the run
         is asked to stop."""
-        with tqdm(desc="training", initial=self.step, unit="step", disable=not self.writer) as self.bar:
+        known = self.total if self.total < math.inf else None
+        bar = tqdm(None, "training", known, unit="step", initial=self.step, disable=not self.writer)
+        with bar as self.bar:
             while self.step < self.total:
                 if self.agree(self.asked):
                     self.stopped = True

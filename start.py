@@ -258,6 +258,8 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     precision = pick_precision(args.precision, device)
     optimizer = make_optimizer(model, start.optimizer_state, lr)
     if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
+        if parallel.RANK == 0:
+            print("the first step compiles the model: half a minute, once (--no-compile begins at once)")
         for block in model.blocks:
             block.compile()
     clips = RowStore(data.clips.videos, data.clips.rows, device)
