@@ -320,4 +320,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from machine import run_command
+
+    run_command(main)

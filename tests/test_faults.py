@@ -321,6 +321,13 @@ def test_nobody_reads_what_is_printed(tmp_path):
     assert "note: what is printed is lost: No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["dit.py", "attention.py"])
+def test_nobody_reads_what_a_chapter_prints(script):
+    line = f"{sys.executable} {HERE / script} | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_all_videos_are_written_on_an_ascii_console(tmp_path, encoder_name):
     config = replace(SMALL, text_dim=16)
