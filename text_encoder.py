@@ -285,11 +285,14 @@ class LanguageModel:
         raise ValueError(f"the chat template of {self.name!r} cannot be used: {reason}")
 
     def split_template(self) -> tuple[str, str]:
-        """What comes before and after the prompt. The second is never empty, so that the null prompt has a
-        token."""
+        """What comes before and after the prompt. The second has a token, so that the null prompt has one.
+        Raises ValueError if there is none."""
         text = self.chat("PROMPT") if self.tokenizer.chat_template else f"{SYSTEM}\nPROMPT\n"
         prefix, _, suffix = text.partition("PROMPT")
-        return prefix, suffix or self.tokenizer.eos_token or "\n"
+        for ending in (suffix, self.tokenizer.eos_token or ""):
+            if self.tokenizer(ending, add_special_tokens=False)["input_ids"]:
+                return prefix, ending
+        raise ValueError(f"{self.name!r} has no token that ends a prompt, so the empty prompt has none")
 
     @torch.no_grad()
     def read_prefix(self):

@@ -4,6 +4,7 @@ Encoders and LLMs are tiny and random, except in the tests that name MiniLM or S
 """
 
 import contextlib
+import json
 import re
 import resource
 import shutil
@@ -380,7 +381,18 @@ def test_an_llm_without_a_template(tmp_path):
     name = tiny_llm(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     llm = LanguageModel(name)
-    assert llm.template_prefix == f"{text_encoder.SYSTEM}\n" and llm.template_suffix == "\n"
+    assert llm.template_prefix == f"{text_encoder.SYSTEM}\n"
+    assert llm.template_suffix == "<end>"  # to this tokenizer a line break is no token
+    assert llm([NULL_PROMPT])[1].tolist() == [[True]]
+
+
+def test_an_llm_without_a_token_for_the_null_prompt(tmp_path):
+    name = tiny_llm(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+    with pytest.raises(ValueError, match="has no token that ends a prompt"):
+        LanguageModel(name)
 
 
 def test_a_template_that_ends_in_the_prompt(tmp_path):
