@@ -104,8 +104,14 @@ def growth_of(metadata: dict, depth: int) -> dict:
 def measure(model: DiT, metadata: dict, batches) -> dict:
     """All numbers of a checkpoint."""
     loss = loss_of(model, batches)
-    numbers = {"loss": loss, "importance": importance(model, batches)}
-    return growth_of(metadata, model.config.depth) | numbers | {"cost": removal_costs(model, batches, loss)}
+    return {
+        **growth_of(metadata, model.config.depth),
+        "history": metadata["history"],
+        "flops": metadata["flops"],
+        "loss": loss,
+        "importance": importance(model, batches),
+        "cost": removal_costs(model, batches, loss),
+    }
 
 
 def table(result: dict) -> str:

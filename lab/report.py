@@ -635,14 +635,16 @@ def blocks_table(found) -> str:
     """Means over old and new blocks. found: {(where, when): {seed: result}}."""
     rows = []
     for (where, when), by_seed in found.items():
-        cells = [f"{where}, {when}" if where else when]
+        history = by_seed[min(by_seed)]["history"]
+        steps = " + ".join(str(event["steps"]) for event in history if "train" in event)
+        cells = [f"{where}, {when}" if where else when, steps]
         cells.append(spread([result["loss"] for result in by_seed.values()], 4))
         for name in ("importance", "cost"):
             for new in (False, True):
                 values = [mean_of_blocks(result, name, new) for result in by_seed.values()]
                 cells.append(spread(values, 4))
         rows.append(cells)
-    titles = ["checkpoint", "loss", "importance, old", "importance, new"]
+    titles = ["checkpoint", "steps", "loss", "importance, old", "importance, new"]
     return markdown_table([*titles, "removal cost, old", "removal cost, new"], rows)
 
 

@@ -27,7 +27,7 @@ def test_blocks_with_zero_gates_do_nothing():
     base = random_model()
     grown = grow_depth(base, add=2, where="insert")
     batches = random_batches()
-    metadata = {"history": [], "new": []}
+    metadata = {"history": [], "new": [], "flops": 7}
     before, after = (blocks.measure(model, metadata, batches) for model in (base, grown))
     new = [2, 4]  # 0 1 1' 2 2': groups of two blocks and of one
     for name in ("importance", "cost"):
@@ -84,11 +84,11 @@ def test_a_model_without_idle_blocks_is_the_same_function():
     base = random_model()
     grown = grow_depth(base, add=3, where="suffix")
     batches = random_batches()
-    metadata = {"history": [], "new": []}
+    metadata = {"history": [], "new": [], "flops": 7}
     result = blocks.measure(grown, metadata, batches)
     pruned, after = blocks.prune(grown, metadata, result, 3)
     event = {"grow": "prune", "changed": {"depth": [6, 3]}, "removed": [3, 4, 5]}
-    assert after == {"history": [event], "new": []} and pruned.config == base.config
+    assert after == {"history": [event], "new": [], "flops": 7} and pruned.config == base.config
     for name, weight in base.state_dict().items():
         assert torch.equal(pruned.state_dict()[name], weight)
     with pytest.raises(ValueError, match="has 3 blocks: one must stay"):
@@ -128,7 +128,7 @@ def test_the_command_and_the_report(tmp_path, encoder_name, small_world, capsys)
     assert insert["cost"][1::2] == [0, 0] and insert["loss"] == before["loss"]
     assert insert["new"] == [False, True] * 2 and insert["revision"] == "abc"
     text = report.write_report(results, study.PARTS)
-    assert f"| insert, at growth | {insert['loss']:.4f} |" in text and "| 0.0000 |" in text
+    assert f"| insert, at growth | 20 | {insert['loss']:.4f} |" in text and "| 0.0000 |" in text
     pictures = (results / "blocks.png").read_bytes()
     assert report.write_report(results, study.PARTS) == text
     assert (results / "blocks.png").read_bytes() == pictures
