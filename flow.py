@@ -16,6 +16,12 @@ and the loss is the mean squared difference of the two, that is, the squared err
 early, where x_t is mostly noise. JiT takes N(-0.8, 0.8), which draws more late timesteps, whose loss weighs
 most (docs/choices.md compares them).
 
+**More pixels, more noise.** A larger clip shows the same scene in more pixels. Neighbours are nearly equal,
+so their noise averages out, and at the same t more of the scene is visible. With n times as many pixels the
+noise of an average is sqrt(n) times smaller. So all timesteps are shifted towards noise, their logit by
+-ln(sqrt(n)) (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2): in training, in the solver, and for the
+interval of guidance. The numbers below are for clips of REFERENCE pixels.
+
 **The solver.** A clip is made by following v from pure noise at t = 0 to t = 1. The lines of many clips
 cross, so the path that v describes bends, and several steps are needed. `euler` follows the tangent. `heun`
 averages the tangents at both ends of a step: two evaluations, and an error of second order. The last step is
@@ -36,11 +42,14 @@ Left out: other paths than the straight line, other predictions than the clip, p
 distilled and adaptive solvers, negative prompts, image conditioning.
 """
 
+import math
+
 import torch
 
 from machine import autocast
 
-T_MEAN, T_STD = -1.0, 0.65  # of the logit of the training timesteps
+T_MEAN, T_STD = -1.0, 0.65  # of the logit of the training timesteps, for clips of REFERENCE pixels
+REFERENCE = 8 * 32 * 32  # frames x height x width
 MIN_LEFT = 0.05  # 1 - t in the loss is at least this
 T_BINS = 8  # slices of the training timesteps, equally likely, for the validation loss
 
@@ -53,9 +62,16 @@ LAST_STEP = 0.75  # timestep at which the last step of the solver begins
 # Training
 
 
-def logit_normal(normal):
-    """Standard normal numbers, any shape -> training timesteps in (0, 1): sigmoid(N(T_MEAN, T_STD))."""
-    return torch.sigmoid(T_MEAN + T_STD * normal)
+def shift_of(shape) -> float:
+    """How far the logits of timesteps are moved towards noise for clips of `shape` (..., T, H, W); not at all
+    for small ones."""
+    return 0.5 * math.log(max(1.0, math.prod(shape[-3:]) / REFERENCE))
+
+
+def logit_normal(normal, shift):
+    """Standard normal numbers, any shape, and the shift of the clips -> training timesteps in (0, 1):
+    sigmoid(N(T_MEAN - shift, T_STD))."""
+    return torch.sigmoid(T_MEAN - shift + T_STD * normal)
 
 
 def flow_loss(model, x, t, noise, prompt):
@@ -76,9 +92,9 @@ def validation_batches(dataset, prompts, device):
     generator = torch.Generator().manual_seed(0)
     for rows in torch.arange(max(len(dataset), 8 * T_BINS)).split(64):
         quantiles = (rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS
-        t = logit_normal(torch.special.ndtri(quantiles))
         rows = rows % len(dataset)
         x = dataset.batch(rows)
+        t = logit_normal(torch.special.ndtri(quantiles), shift_of(x.shape))
         noise = torch.randn(x.shape, generator=generator)
         prompt = prompts.batch([dataset.captions[i] for i in rows.tolist()])
         yield x.to(device), t.to(device), noise.to(device), prompt
@@ -131,9 +147,15 @@ def like_prompt(null, prompt):
     return padded
 
 
-def solver_times(steps: int) -> list[float]:
+def solver_times(steps: int, shift: float) -> list[float]:
     """The timesteps at which the steps of the solver begin, and 1."""
-    return [LAST_STEP * i / max(1, steps - 1) for i in range(steps)] + [1.0]
+    even = [LAST_STEP * i / max(1, steps - 1) for i in range(steps)]
+    return [shifted(t, shift) for t in even] + [1.0]
+
+
+def shifted(t: float, shift: float) -> float:
+    """The timestep whose logit is that of t, less `shift`."""
+    return t / (t + math.exp(shift) * (1 - t))
 
 
 @torch.no_grad()
@@ -151,13 +173,14 @@ def solve(
     if method not in ("heun", "euler"):
         raise ValueError(f"no solver is called {method!r}; there are heun and euler")
     null = like_prompt(null, prompt)
-    first, last = guidance_interval
+    shift = shift_of(noise.shape)
+    first, last = (shifted(t, shift) for t in guidance_interval)
 
     def velocity(x, t):
         scale = guidance if first <= t <= last else 1.0
         return (predict(model, x, t, prompt, null, scale) - x) / (1 - t)
 
-    times = solver_times(steps)
+    times = solver_times(steps, shift)
     x = noise
     for i in range(steps):
         t, t_next = times[i], times[i + 1]

@@ -116,6 +116,30 @@ def check_data_options(args, defaults):
         raise ValueError("--words is for the toy world")
 
 
+def check_numbers(args):
+    """Raise ValueError for numbers out of range."""
+    for name in (
+        "accumulate", "clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add", "rank", "frames",
+        "size", "depth",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value}; it must be more than zero")
+    if args.data in SETS and args.clips is None:
+        raise ValueError("--clips is missing: the toy world has as many clips as you like")
+    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
+        value = getattr(args, name)
+        if not 0 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
+    if args.fps is not None and not 0.01 <= args.fps <= 1000:
+        raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
+    batch = args.batch or BATCH
+    if args.accumulate > batch:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {batch}")
+    if args.shard and parallel.WORLD == 1:
+        raise ValueError("--shard is for several processes: torchrun --nproc-per-node 2 train.py --shard")
+
+
 class Data(NamedTuple):
     """What a run learns from and is validated on."""
 

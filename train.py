@@ -34,11 +34,11 @@ from attention import BACKENDS
 from clips import MAX_BAD, VALIDATION
 from data import SETS
 from dit import PRESETS
-from flow import flow_loss, logit_normal
+from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
-from start import BATCH, TEXT_DROPOUT, Training, check_data_options, find_data, set_up
+from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, validate_and_save
 
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="pixels per side of a clip (as the preset or the base)")
     add("--depth", type=int, help="blocks of a new model (as the preset)")
     add("--data", help="basic, rich or both of the toy world, or a folder of clips (basic; rich with --from)")
-    add("--captions", choices=("short", "detailed", "both"), help="(basic: short; both: both; else detailed)")
+    add("--captions", choices=("short", "detailed", "both"), help="(basic: short, both: both, else detailed)")
     add("--fps", type=float, help="frames per second at which a folder's videos are read (as the base, or 8)")
     add("--max-bad", type=float, default=MAX_BAD, help="share of a folder's files that may be bad (0.1)")
     add("--validation", type=float, default=VALIDATION, help="share of a folder's files to hold out (0.1)")
@@ -117,8 +117,8 @@ RESUMABLE = (  # what may change when a run is resumed
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The command line -> options with all defaults filled in. Raises ValueError for what makes no sense, in
-    one line."""
+    """The command line -> options with their defaults. Raises ValueError with a one-line message for what
+    makes no sense."""
     parser = make_parser()
 
     def fail(message):
@@ -202,7 +202,8 @@ def check_growth(args, defaults):
 
 
 def fill_defaults(args, defaults):
-    """Fill in the options that depend on others, so that args.json tells all of them."""
+    """Fill in the options that depend on others. What depends on the base or the device stays None here:
+    start.py fills it in."""
     args.data = find_data(args.data) if args.data else ("rich" if args.base else "basic")
     toy = args.data in SETS
     check_data_options(args, defaults)
@@ -217,28 +218,6 @@ def fill_defaults(args, defaults):
         args.steps = 1200 if args.base else 6000
     if args.compile is None:
         args.compile = bool(shutil.which("g++") or shutil.which("clang++"))
-
-
-def check_numbers(args):
-    """Raise ValueError for numbers out of range."""
-    for name in (
-        "accumulate", "clips", "steps", "batch", "warmup", "every", "lr", "minutes", "add", "rank", "frames",
-        "size", "depth",
-    ):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be more than zero")
-    for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
-        value = getattr(args, name)
-        if not 0 <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be from 0 to {most}")
-    if args.fps is not None and not 0.01 <= args.fps <= 1000:
-        raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
-    batch = args.batch or BATCH
-    if args.accumulate > batch:
-        raise ValueError(f"--accumulate {args.accumulate} is more than the clips of a step, {batch}")
-    if args.shard and parallel.WORLD == 1:
-        raise ValueError("--shard is for several processes: torchrun --nproc-per-node 2 train.py --shard")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -276,7 +255,7 @@ def random_batch(tr: Training, seed: int, step: int, batch: int) -> Batch:
     rows, ahead = (random_rows(seed, s, batch, count) for s in (step, step + 1))
     x = tr.clips.take(rows, ahead)
     g = generator_of(seed, step, tr.device)
-    t = logit_normal(torch.randn(batch, generator=g, device=tr.device))
+    t = logit_normal(torch.randn(batch, generator=g, device=tr.device), shift_of(x.shape))
     noise = torch.randn(x.shape, generator=g, device=tr.device)
     drop = torch.rand(batch, generator=g, device=tr.device)
     captions = tr.captions[to_device(rows, tr.device)]
@@ -324,9 +303,9 @@ def training_step(tr: Training, batch: Batch, accumulate: int = 1) -> torch.Tens
 
 
 def make_step(tr: Training, accumulate: int):
-    """`training_step` as a function of a batch. On one GPU its kernels are recorded, if that is possible: not
-    with parts, with blocks that are computed again, with features that are fetched from the CPU, or in
-    float16, whose scaler looks at the gradient."""
+    """`training_step` as a function of a batch. On one GPU its kernels are recorded as a CUDA graph, but not
+    with --accumulate, with --checkpoint-activations, with features that stay on the CPU, or in float16, whose
+    scaler looks at the gradient."""
     plain = accumulate == 1 and not tr.model.checkpoint_activations and not tr.scaler.is_enabled()
     if tr.device.type == "cuda" and plain and tr.prompts.resident and parallel.WORLD == 1:
         recorded = GraphedStep(lambda *tensors: training_step(tr, Batch(*tensors)))

@@ -16,7 +16,7 @@ import torch
 
 import parallel
 from dit import DiT
-from flow import T_BINS, logit_normal, solve, validation_loss
+from flow import T_BINS, logit_normal, shift_of, solve, validation_loss
 from machine import autocast
 from run import Checkpoint, Diverged, Run, history_tree, load_model
 from start import Training
@@ -91,8 +91,8 @@ def validate_and_save(args, tr: Training, run: Run):
     begin = run.seconds()
     validate(tr, run)
     save(args, tr, run)
-    middles = (torch.arange(T_BINS) + 0.5) / T_BINS
-    run.plot(logit_normal(torch.special.ndtri(middles)))
+    middles = torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS)
+    run.plot(logit_normal(middles, shift_of(tr.clips.tensor.shape)))
     run.pause(run.seconds() - begin)
 
 

@@ -651,7 +651,18 @@ def blocks_table(found) -> str:
 def blocks_section(found, folder: Path) -> list[str]:
     """What the new blocks do. found: {(where, when): {seed: result}}."""
     plot_blocks(found, folder / "blocks.png")
-    return ["## What the blocks do", BLOCKS, blocks_table(found), "![Blocks](blocks.png)"]
+    text = ["## What the blocks do", BLOCKS, blocks_table(found)]
+    insert, suffix = (found.get((where, "after"), {}) for where in ("insert", "suffix"))
+    differences = []
+    for seed in sorted(insert.keys() & suffix.keys()):
+        costs = [mean_of_blocks(each[seed], "cost", True) for each in (insert, suffix)]
+        differences.append(costs[0] - costs[1])
+    if differences:
+        gain = f"{spread(differences, 4)} ({verdict(differences)})"
+        text.append(
+            f"After training the removal cost of a new block is higher with insert than with suffix: {gain}."
+        )
+    return [*text, "![Blocks](blocks.png)"]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -812,10 +823,12 @@ def draw_blocks(axes, by_seed, name, when, places):
     blocks are hollow. by_seed: {seed: result} of one kind of checkpoint."""
     values = np.array([result[name] for result in by_seed.values()])  # (seeds, blocks)
     middle, deviation = values.mean(0), values.std(0, ddof=len(values) > 1)
-    colour = f"C{WHEN.index(when)}"
-    axes.errorbar(places, middle, deviation, color=colour, capsize=2, lw=1, label=when)
-    for place, value, new in zip(places, middle, next(iter(by_seed.values()))["new"], strict=True):
-        axes.plot(place, value, "o", color=colour, mfc="white" if new else colour)
+    number = WHEN.index(when)
+    colour = f"C{number}"
+    beside = [place + 0.2 * (number - 1) for place in places]  # the three kinds stand side by side
+    axes.errorbar(beside, middle, deviation, color=colour, capsize=2, ls="", label=when)
+    for place, value, new in zip(beside, middle, next(iter(by_seed.values()))["new"], strict=True):
+        axes.plot(place, value, "o", ms=5, color=colour, mfc="white" if new else colour)
 
 
 def plot_blocks(found, path: Path):
@@ -825,6 +838,8 @@ def plot_blocks(found, path: Path):
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for axes in grid[:, 0]:
+        axes.set_yscale("symlog", linthresh=1e-4)  # straight below that: zero is a value too
     for column, where in enumerate(("insert", "suffix")):
         kinds = {"before": ("", "before"), "at growth": (where, "at growth"), "after": (where, "after")}
         grown = found.get(kinds["after"]) or found.get(kinds["at growth"])
@@ -840,7 +855,8 @@ def plot_blocks(found, path: Path):
                     draw_blocks(axes, found[kind], name, when, places)
             axes.set(title=where if row == 0 else None, xlabel="block" if row else None)
             axes.set(ylabel=None if column else label)
-            axes.legend(fontsize=8)
+            if row == 0:
+                axes.legend(fontsize=8)
     save_plot(figure, path)
 
 

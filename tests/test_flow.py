@@ -3,6 +3,8 @@
 The closed form of the loss, the order of the solver and guidance are in test_all.py.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -22,19 +24,47 @@ class Recorder:
     """A model that predicts what it sees, and keeps the timesteps."""
 
     def __init__(self):
-        self.times = []
+        self.times, self.sizes = [], []
 
     def __call__(self, x, t, text, mask):
         assert (t == t[0]).all() and t.shape == (len(x),)
         self.times.append(t[0].item())
+        self.sizes.append(len(x))
         return x
 
 
 def test_the_distribution_of_training_timesteps():
-    t = flow.logit_normal(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
-    logits = torch.log(t / (1 - t))
-    assert logits.mean() == pytest.approx(-1, abs=0.01) and logits.std() == pytest.approx(0.65, abs=0.01)
-    assert (t > flow.LAST_STEP).float().mean() < 0.001, "the solver goes where training hardly went"
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    for shape, mean in (((8, 32, 32), -1), ((16, 64, 64), -1 - math.log(8) / 2)):
+        shift = flow.shift_of(shape)
+        t = flow.logit_normal(normal, shift)
+        logits = torch.log(t / (1 - t))
+        assert logits.mean() == pytest.approx(mean, abs=0.01) and logits.std() == pytest.approx(
+            0.65, abs=0.01
+        )
+        last = flow.solver_times(10, shift)[-2]
+        assert (t > last).float().mean() < 0.001, "the solver goes where training hardly went"
+
+
+def test_the_shift_is_that_of_stable_diffusion_3():
+    """Its equation 23, where timesteps count the noise: t_m = a t_n / (1 + (a - 1) t_n), a = sqrt(m / n)."""
+    times = flow.solver_times(10, shift=math.log(math.sqrt(8)))
+    reference = flow.solver_times(10, shift=0.0)
+    for t, unshifted in zip(times, reference, strict=True):
+        noise = 1 - unshifted
+        assert 1 - t == pytest.approx(math.sqrt(8) * noise / (1 + (math.sqrt(8) - 1) * noise))
+    assert reference == [0.75 * i / 9 for i in range(10)] + [1.0]  # to the bit: as the study was sampled
+
+
+def test_guidance_and_steps_are_shifted_alike():
+    """A clip of four times the pixels takes as many guided steps."""
+    guided = []
+    for size in (32, 64):
+        seen, noise = Recorder(), torch.zeros(1, 3, 8, size, size)
+        flow.solve(seen, noise, *prompt_of(noise), guidance=2.0, method="euler")
+        guided.append((seen.sizes, seen.times))
+    assert guided[0][0] == guided[1][0] and set(guided[0][0]) == {1, 2}
+    assert all(large < small for small, large in zip(guided[0][1][1:], guided[1][1][1:], strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 100])

@@ -334,6 +334,13 @@ def test_options_that_were_edited_are_refused(tmp_path, changes, message):
         train.parse_arguments(argv)
 
 
+def test_the_toy_world_needs_a_number_of_clips(tmp_path):
+    options = vars(train.parse_arguments(["--quick"]))
+    (tmp_path / "args.json").write_text(json.dumps({**options, "clips": None}))
+    with pytest.raises(ValueError, match="clips is missing"):
+        train.parse_arguments(["--resume", "--out", str(tmp_path)])
+
+
 def test_options_of_an_older_version_are_taken(tmp_path):
     """It knew fewer of them, and some that are gone."""
     options = vars(train.parse_arguments(["--quick"]))
