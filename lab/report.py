@@ -831,32 +831,36 @@ def draw_blocks(axes, by_seed, name, when, places):
         axes.plot(place, value, "o", ms=5, color=colour, mfc="white" if new else colour)
 
 
+def draw_column(column, found, where):
+    """Importance and removal cost, before growth and of the models whose new blocks went `where`, one above
+    the other. The blocks of the base stand where they are after growth."""
+    grown = found.get((where, "after")) or found.get((where, "at growth"))
+    if not grown:
+        return
+    new = next(iter(grown.values()))["new"]
+    old_places = [place for place, is_new in enumerate(new) if not is_new]
+    places = {"before": old_places, "at growth": range(len(new)), "after": range(len(new))}
+    for axes, name in zip(column, ("importance", "cost"), strict=True):
+        for when in WHEN:
+            by_seed = found.get(("" if when == "before" else where, when))
+            if by_seed:
+                draw_blocks(axes, by_seed, name, when, places[when])
+    column[0].set(title=where)
+    column[0].legend(fontsize=8)
+    column[1].set(xlabel="block")
+
+
 def plot_blocks(found, path: Path):
-    """Importance and removal cost of each block, for the models whose blocks were inserted and for those that
-    got them at the end. The blocks of the base stand where they are after growth."""
+    """What the blocks do, for models whose blocks were inserted, and for those that got them at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey="row")
-    for axes in grid[:, 0]:
+    for axes, label in zip(grid[:, 0], ("importance", "removal cost"), strict=True):
         axes.set_yscale("symlog", linthresh=1e-4)  # straight below that: zero is a value too
-    for column, where in enumerate(("insert", "suffix")):
-        kinds = {"before": ("", "before"), "at growth": (where, "at growth"), "after": (where, "after")}
-        grown = found.get(kinds["after"]) or found.get(kinds["at growth"])
-        if not grown:
-            continue
-        new = next(iter(grown.values()))["new"]
-        old_places = [place for place, is_new in enumerate(new) if not is_new]
-        for row, (name, label) in enumerate((("importance", "importance"), ("cost", "removal cost"))):
-            axes = grid[row, column]
-            for when, kind in kinds.items():
-                if kind in found:
-                    places = old_places if when == "before" else range(len(new))
-                    draw_blocks(axes, found[kind], name, when, places)
-            axes.set(title=where if row == 0 else None, xlabel="block" if row else None)
-            axes.set(ylabel=None if column else label)
-            if row == 0:
-                axes.legend(fontsize=8)
+        axes.set(ylabel=label)
+    for column, where in zip(grid.T, ("insert", "suffix"), strict=True):
+        draw_column(column, found, where)
     save_plot(figure, path)
 
 

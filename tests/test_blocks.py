@@ -148,3 +148,30 @@ def test_the_command_and_the_report(tmp_path, encoder_name, small_world, capsys)
         blocks.main([str(base), "--out-run", "x"])
     with pytest.raises(ValueError, match="must be at least 1"):
         blocks.main([str(base), "--prune", "0"])
+
+
+def made_up(where, when, seed, cost):
+    """A result of two blocks, of which the second is new after growth."""
+    new = [False] if when == "before" else [False, True]
+    numbers = {"new": new, "importance": [0.5, 0.01][: len(new)], "cost": [0.2, cost][: len(new)]}
+    history = [{"train": "rich", "steps": 30}] + ([{"train": "rich", "steps": 40}] if when == "after" else [])
+    result = {"where": where, "when": when, "seed": seed, "loss": 0.3, "history": history, **numbers}
+    return result | {"revision": "abc", "machine": "m"}
+
+
+def test_means_and_verdict_of_the_report(tmp_path):
+    (tmp_path / "blocks").mkdir()
+    for seed in range(3):
+        for where, cost in (("insert", 0.05), ("suffix", 0.01)):
+            for kind in (("", "before"), (where, "at growth"), (where, "after")):
+                result = made_up(*kind, seed, cost + 0.001 * seed)
+                name = f"{'-'.join(kind)}-{seed}.json"
+                (tmp_path / "blocks" / name).write_text(json.dumps(result))
+    text = report.write_report(tmp_path, study.PARTS)
+    row = "| insert, after | 30 + 40 | 0.3000 ± 0.0000 | 0.5000 ± 0.0000 | 0.0100 ± 0.0000 |"
+    assert row + " 0.2000 ± 0.0000 | 0.0510 ± 0.0010 |" in text
+    assert "| before | 30 | 0.3000 ± 0.0000 | 0.5000 ± 0.0000 |  | 0.2000 ± 0.0000 |  |" in text
+    assert "is higher with insert than with suffix: 0.0400 ± 0.0000 (holds)." in text
+    for file in (tmp_path / "blocks").glob("*after*"):
+        file.unlink()
+    assert "higher with insert" not in report.write_report(tmp_path, study.PARTS)
