@@ -63,7 +63,7 @@ from validate import snapshot
 UNIT = 2.4e13  # FLOPs: the budget of lab/study.py
 DECAY = 0.2  # last share of a budget, in which the learning rate decays to zero
 REPEATS = 10  # how often a clip is seen, on average
-AT_ONCE = {"cuda": 6}  # arms, elsewhere one; six took 0.55 of the time of one after the other on an H200
+AT_ONCE = {"cuda": 6}  # arms; elsewhere one. In a pilot on an H200 six took 0.55 of the time of one by one
 SMALL, MIDDLE, LARGE = 4, 6, 8  # blocks
 RATES = {SMALL: BASE_LR, MIDDLE: BASE_LR, LARGE: BASE_LR}  # peak learning rates; `--tune` compares others
 TUNED = (0.5, 1, 2)  # times these
