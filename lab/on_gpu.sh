@@ -5,7 +5,7 @@
 #                and by a language model, and continue for the time that is left; with its scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
 #   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
-#   scale        the window of growth: budgets of 1, 4, 16, 64 and 256, as far as time goes
+#   scale        the window of growth: budgets of 1, 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
 # in OUT (lab/parcel.py); `python -m lab.study --take OUT` puts it into its places. With --quick everything
@@ -30,7 +30,7 @@ runs=runs/gpu results=results
 data="--data both --words varied --clips 32768"
 base="$data --preset mini --depth 3 --batch 64 --steps 4000 --every 2000 --decay 0 --keep"
 grown="$data --batch 64 --every 3000 --keep --grow depth,llm"
-actors="--count 100" scores="--count 200" study= scale="--budgets 1 4 16 64 256"
+actors="--count 100" scores="--count 200" study= scale="--budgets 1 4 16 --clips 98304"
 if [[ $quick ]]; then
     runs=$out/runs results=$out/results
     data="--data both --clips 16 --batch 4 --no-compile"
