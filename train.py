@@ -40,7 +40,7 @@ from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
-from validate import compare_with_base, save, validate_and_save
+from validate import compare_with_base, save, say_what_to_expect, validate_and_save
 
 CFG_DROPOUT = 0.1  # share of captions replaced by the null prompt, for classifier-free guidance
 CLIP_NORM = 1.0  # largest norm of the gradient
@@ -350,6 +350,7 @@ def train(args, prompts_class=Prompts) -> Path:
         run.begin(vars(args), tr.trainer_state)
         if not args.resume:
             compare_with_base(args, tr, run)
+            say_what_to_expect(args)
         one_step = make_step(tr, args.accumulate)
         try:
             for step in run.steps():

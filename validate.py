@@ -5,8 +5,7 @@ numbers can be compared from step to step and from run to run. Samples are drawn
 time. After a growth the loss of the base and that of the grown model are printed side by side: they are equal
 if the growth is function-preserving.
 
-train.py calls `validate_and_save`, `save` and `compare_with_base`. Left out: scores of what the samples show,
-which take minutes (lab/evaluate.py).
+Left out: scores of what the samples show, which take minutes (lab/evaluate.py).
 """
 
 import math
@@ -22,6 +21,12 @@ from run import Checkpoint, Diverged, Run, history_tree, load_model
 from start import Training
 from text_encoder import NULL_PROMPT, Prompts
 from video import save_grid, to_uint8
+
+REFERENCE = {  # options of `python train.py` that its losses depend on
+    "preset": "tiny", "data": "basic", "captions": "short", "words": "train", "clips": 16384, "text": None,
+    "base": None, "frames": None, "size": None, "depth": None, "batch": 32, "steps": 6000, "lr": None,
+    "decay": 0.3,
+}  # fmt: skip
 
 
 def whole_model(model: DiT, device) -> DiT:
@@ -94,6 +99,13 @@ def validate_and_save(args, tr: Training, run: Run):
     middles = torch.special.ndtri((torch.arange(T_BINS) + 0.5) / T_BINS)
     run.plot(logit_normal(middles, shift_of(tr.clips.tensor.shape)))
     run.pause(run.seconds() - begin)
+
+
+def say_what_to_expect(args):
+    """Print the losses of the reference run, if this one has its options."""
+    if not parallel.RANK and all(getattr(args, name) == value for name, value in REFERENCE.items()):
+        print("expect a validation loss of 0.08 after 1,500 steps, 0.07 after 3,000, 0.06 after 6,000")
+        print("is it learning? docs/scores.md shows more of that run")
 
 
 def compare_with_base(args, tr: Training, run: Run):

@@ -41,6 +41,7 @@ from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, s
 from start import set_up
 from text_encoder import Prompts
 from train import Batch, learning_rate, parse_arguments, random_batch, training_step
+from validate import say_what_to_expect
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -841,3 +842,12 @@ def test_a_branch_without_an_llm_is_refused(tmp_path, encoder_name):
     save_model(tmp_path, DiT(config).state_dict(), config, text_encoder=encoder_name)
     with pytest.raises(ValueError, match="but names no LLM"):
         run_training(tmp_path / "more", encoder_name, f"--from {tmp_path}")
+
+
+@pytest.mark.parametrize("options", ["", "--seed 3 --keep", "--steps 100", "--words varied"])
+def test_what_to_expect_is_said_of_the_reference_alone(options, capsys):
+    args = train.parse_arguments(options.split())
+    args.batch = 32  # as `pick_batch` says
+    say_what_to_expect(args)
+    said = "expect a validation loss" in capsys.readouterr().out
+    assert said == (options in ("", "--seed 3 --keep"))
