@@ -16,11 +16,13 @@ What is kept: results/actors/NAME.json, named after the last run. Points that ar
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 import torch
 
+from dit import DiTConfig
 from draw import render
 from lab.evaluate import evaluate, prompt_sets, score_set
 from lab.reader import Reader, get_reader
@@ -41,14 +43,15 @@ def kept_weights(run: Path) -> list[Path]:
     return [file.parent for file in found]
 
 
-def ceiling(reader: Reader, frames: int, size: int, count: int) -> dict[str, dict[str, float]]:
-    """The scores of true clips of `frames` x `size` x `size`, by prompt set: no model can expect more."""
+@functools.cache
+def ceiling(reader: Reader, config: DiTConfig, count: int) -> dict[str, dict[str, float]]:
+    """The scores of true clips of a model's size, by prompt set: no model can expect more."""
     device = next(reader.parameters()).device
     scores = {}
     for name in ("seen", "several actors"):
         scenes = prompt_sets(count)[name][0]
         parts = [scenes[i : i + RENDERED_AT_ONCE] for i in range(0, len(scenes), RENDERED_AT_ONCE)]
-        videos = torch.cat([render(part, frames, size, device) for part in parts]) / 127.5 - 1
+        videos = torch.cat([render(part, config.frames, config.size, device) for part in parts]) / 127.5 - 1
         scores |= score_set(reader, name, videos, scenes)
     return scores
 
@@ -69,8 +72,7 @@ def score_runs(runs: list[Path], file: Path, reader: Reader, count: int, device:
         result["points"].sort(key=lambda point: point["flops"])
         result |= {"revision": find_revision(), "machine": machine_name()}
         result["arguments"] = [json.loads((run / "args.json").read_text()) for run in runs]
-        if "ceiling" not in result:
-            result["ceiling"] = ceiling(reader, model.config.frames, model.config.size, count)
+        result["ceiling"] = ceiling(reader, model.config, count)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(result))
     return result

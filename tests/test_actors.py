@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import run_training
+from dit import DiTConfig
 from lab import actors
 from lab.evaluate import prompt_sets, score_set
 from lab.reader import Reader, get_reader, render_clips
@@ -54,7 +55,7 @@ def test_true_clips_are_the_ceiling():
     """At the size of the reader it is what the reader proves; at twice the size little is lost."""
     reader = get_reader()
     for frames, size, least in ((8, 32, 0.98), (16, 64, 0.9)):
-        scores = actors.ceiling(reader, frames, size, 30)
+        scores = actors.ceiling(reader, DiTConfig(frames=frames, size=size), 30)
         assert scores["seen"]["subject"] >= least and scores["several actors"]["subject"] >= least
 
 

@@ -401,7 +401,7 @@ def test_memory_is_about_what_was_measured(preset, batch, measured):
     with torch.device("meta"):
         model = DiT(PRESETS[preset])
     state = 16 * sum(parameter.numel() for parameter in model.parameters())
-    estimate = state + start.held_bytes(model, batch, [32], torch.bfloat16, again=False)
+    estimate = state + start.held_bytes(model, batch, [32], torch.bfloat16, recompute=False)
     assert estimate / 2**30 == pytest.approx(measured, rel=0.2)
 
 
