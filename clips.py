@@ -8,9 +8,8 @@
 
 **Captions** come from metadata.jsonl or metadata.csv ("file_name", and "text" or "caption"), else from a text
 file beside the clip, else from the name of its folder. Text must be UTF-8: a clip with other text is bad.
-"text" is the detailed caption; "text_short" serves `--captions short`. Metadata
-can only refer to files that a walk through the folder has found: absolute paths, `..` and symbolic links lead
-nowhere.
+"text" is the detailed caption; "text_short" serves `--captions short`. Metadata can only refer to files that
+a walk through the folder has found: absolute paths, `..` and symbolic links lead nowhere.
 
 **Cache.** Every file is decoded once (decode.py). Its clips are appended to clips.bin, and then a line about
 it to manifest.jsonl, `COMMIT` files at a time. After a kill, bytes that no line describes are cut off, and
@@ -371,7 +370,7 @@ class Cache:
     def fill(self, names: list[str]) -> dict[str, str]:
         """Decode those of `names` that are missing or have changed -> {file: why it could not be decoded}.
         While another process fills the cache, this one waits. A cache that belongs to another user, and may
-        only be read, is of use if nothing is missing. Raises OSError."""
+        only be read, is enough if nothing is missing. Raises OSError."""
         stamps = {name: stamp(self.root / name) for name in names}
         pixels_file, manifest_file = self.path / "clips.bin", self.path / "manifest.jsonl"
         try:

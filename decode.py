@@ -151,7 +151,7 @@ def shrink(frame, size: int) -> tuple[np.ndarray, bool]:
 def decode(path: Path, frames: int, size: int, fps: float) -> tuple[np.ndarray, dict]:
     """A video file or a folder of pictures -> clips, uint8 (n, 3, frames, size, size) with n from 1 to
     MAX_CLIPS; and {"seconds" that are used, "width" and "height" of the first frame, "notes"}. Raises
-    ValueError, or whatever the decoder raises."""
+    ValueError, or any exception of the decoder."""
     timed = read_pictures(path, fps) if path.is_dir() else read_video(path)
     most = MAX_CLIPS * frames
     seen, notes, last, any_transparent = [], [], None, False

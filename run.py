@@ -12,9 +12,10 @@ It is written beside its place and renamed, so that a kill leaves it whole or ab
 and JSON and no code, unlike a pickle, which may run anything when it is opened. A header may come from
 anywhere, so `load_model` checks all that others read of it.
 
-A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock; and with
---keep the EMA weights of every validation, step_N/. `Run` is such a directory while it is trained. One
-process trains in it at a time. Asked to stop (Ctrl-C, SIGTERM), it finishes the step and saves.
+A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock; with
+--keep the EMA weights of every validation, step_N/; and evaluation.json, from lab/evaluate.py. `Run` is such
+a directory while it is trained. One process trains in it at a time. Asked to stop (Ctrl-C, SIGTERM), it
+finishes the step and saves.
 
 Left out: training states of earlier steps, uploads, loggers other than a file of JSON lines.
 """

@@ -106,7 +106,7 @@ def recaptioned(llm, prompts: list[str]) -> list[str]:
 
 
 class Conditions(NamedTuple):
-    """What the model is told."""
+    """Features and masks of the prompts and of the null prompt."""
 
     prompt: list[torch.Tensor]  # features (B, L, D) and mask (B, L) of each text encoder
     null: list[torch.Tensor]  # of the null prompt, (1, L', D) and (1, L')

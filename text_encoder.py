@@ -21,7 +21,7 @@ details matter.
   direction that is the same for all tokens (MiniLM: a sixth). So every channel is standardized with its mean
   and standard deviation over fixed sentences (CALIBRATION_TEXTS).
 - The last layer is trained to predict the next token. In published comparisons the mean over all normalized
-  layers is better; here it is not (`--llm-features last`, `middle` or `mean`; see the README).
+  layers is better; here it is not (`--llm-features last`, `middle` or `mean`; docs/language.md).
 - Attention is causal: an adjective cannot see the noun that follows it.
 
 Two details matter for all encoders. The mask comes from the tokenizer's `attention_mask`, never from a
@@ -454,8 +454,8 @@ def encode(texts: list[str], encoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_features(name: str, texts: list[str], flat: torch.Tensor, lengths: torch.Tensor):
-    """Raise ValueError if features say nothing: if they are not finite, or zero, or the same for all texts.
-    flat and lengths as for `Features`."""
+    """Raise ValueError if features carry no information: if they are not finite, or zero, or the same for all
+    texts. flat and lengths as for `Features`."""
     different = set()
     for text, feature in zip(texts, flat.split(lengths.tolist()), strict=True):
         if not feature.isfinite().all():
