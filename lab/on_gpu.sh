@@ -37,7 +37,7 @@ if [[ $quick ]]; then
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
     grown="$data --every 2 --keep --grow depth,llm --frames 8 --size 32"
-    actors="--count 4" scores="--count 4 --steps 1" study="--quick --arms base" scale="--quick"
+    actors="--count 4" scores="--count 4 --steps 1" study="--quick --arms base" scale="--quick --budgets 1 --seeds 0"
 fi
 
 run() { # trains the run $1 with options $2, or what is left of it
