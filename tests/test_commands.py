@@ -190,8 +190,8 @@ def test_file_names():
 def test_train_grow_sample_evaluate(tmp_path):
     """With --quick, with the real text encoders, in an empty folder."""
     (tmp_path / "prompts.txt").write_text("A dog!\na dog\n\nred ball\n")
-    succeed("train.py --quick", tmp_path)
-    assert "base: runs/base\n" in succeed("train.py --quick --grow depth", tmp_path)
+    succeed("train.py --quick --clips 32", tmp_path)
+    assert "base: runs/base\n" in succeed("train.py --quick --clips 32 --grow depth", tmp_path)
     succeed("train.py --quick --clips 32 --from runs/base --grow llm", tmp_path)
     succeed('sample.py "a cat surfing" --from runs/base-llm --steps 3 --recaption', tmp_path)
     assert "pretrained\n" in succeed("sample.py --prompts prompts.txt --num 2 --steps 2", tmp_path)
@@ -202,7 +202,7 @@ def test_train_grow_sample_evaluate(tmp_path):
     succeed("align.py runs/base", tmp_path)
     succeed("dit.py", tmp_path)
     succeed("grow.py runs/base-depth --width 2 --llm 5 --out runs/wide", tmp_path)
-    succeed("train.py --quick --from runs/base-depth --tune lora", tmp_path)
+    succeed("train.py --quick --clips 32 --from runs/base-depth --tune lora", tmp_path)
     found = files_below(tmp_path)
     for run in ("base", "base-depth", "base-llm", "base-depth-lora", "wide", "swapped"):
         assert f"runs/{run}/checkpoint/model.safetensors" in found
@@ -215,7 +215,7 @@ def test_train_grow_sample_evaluate(tmp_path):
 
 @pytest.mark.slow
 def test_the_study_runs_in_an_empty_folder(tmp_path):
-    succeed("-m lab.study --quick", tmp_path)
+    succeed('-m lab.study --quick --parts growth --arms base "insert + llm"', tmp_path)
     succeed("-m lab.study --quick --report", tmp_path)
     found = files_below(tmp_path)
     assert "runs/study-quick/README.md" in found
