@@ -17,6 +17,10 @@ from run import Checkpoint, Run
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same examples always
 settings.load_profile("same")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: each process takes one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 SMALL = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=24, depth=3, heads=2, text_dim=12)
 
 
