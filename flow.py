@@ -51,6 +51,7 @@ from machine import autocast
 T_MEAN, T_STD = -1.0, 0.65  # of the logit of the training timesteps, for clips of REFERENCE pixels
 REFERENCE = 8 * 32 * 32  # frames x height x width
 MIN_LEFT = 0.05  # 1 - t in the loss is at least this
+VALIDATED = 64  # clips at once in validation
 T_BINS = 8  # slices of the training timesteps, equally likely, for the validation loss
 
 STEPS = 10  # of the solver
@@ -86,11 +87,11 @@ def flow_loss(model, x, t, noise, prompt):
 
 
 def validation_batches(dataset, prompts, device):
-    """The clips of `dataset` at fixed noise and at timesteps distributed as in training -> for 64 clips at a
-    time the x, t, noise and prompt of `flow_loss`, on the device. Of few clips each is taken several times.
-    The draws come from the CPU, so that the numbers agree on all machines."""
+    """The clips of `dataset` at fixed noise and at timesteps distributed as in training -> for VALIDATED
+    clips at a time the x, t, noise and prompt of `flow_loss`, on the device. Of few clips each is taken
+    several times. The draws come from the CPU, so that the numbers agree on all machines."""
     generator = torch.Generator().manual_seed(0)
-    for rows in torch.arange(max(len(dataset), 8 * T_BINS)).split(64):
+    for rows in torch.arange(max(len(dataset), 8 * T_BINS)).split(VALIDATED):
         quantiles = (rows % T_BINS + torch.rand(len(rows), generator=generator)) / T_BINS
         rows = rows % len(dataset)
         x = dataset.batch(rows)

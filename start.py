@@ -37,7 +37,7 @@ from align import align
 from clips import FolderDataset, scan
 from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, count_flops, set_attention
-from flow import flow_loss
+from flow import VALIDATED, flow_loss
 from grow import grow_state
 from machine import RowStore, autocast, card, fits, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
@@ -47,7 +47,6 @@ BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the
 BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
 TEXT_DROPOUT = 0.5  # share of captions that only an LLM reads, if there is one
 VALIDATION_CLIPS = 256
-VALIDATED = 64  # clips that flow.validation_loss reads at once
 BATCH = 32  # clips of a step
 WIDE, WIDE_BATCH = 768, 16  # on a GPU, a model this wide takes fewer
 USABLE = 0.9  # share of a GPU's memory: the CUDA context and gaps between tensors take the rest

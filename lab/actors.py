@@ -61,13 +61,14 @@ def score_runs(runs: list[Path], file: Path, reader: Reader, count: int, device:
     result = json.loads(file.read_text()) if file.is_file() else {"count": count, "points": []}
     if result["count"] != count:
         raise ValueError(f"{file} has {result['count']} prompts per set: delete it, or give --count of that")
-    done = {point["flops"] for point in result["points"]}
+    done = {point["checkpoint"] for point in result["points"]}
     for weights in (directory for run in runs for directory in kept_weights(run)):
-        model, metadata = load_model(weights)
-        if metadata["flops"] in done:
+        name = f"{weights.parent.name}/{weights.name}"
+        if name in done:
             continue
+        model, metadata = load_model(weights)
         scores = evaluate(weights, reader, count, device=device, only=ACTOR_SETS)
-        point = {"checkpoint": f"{weights.parent.name}/{weights.name}", "flops": metadata["flops"]}
+        point = {"checkpoint": name, "flops": metadata["flops"]}
         result["points"].append(point | {"blocks": model.config.depth, "scores": scores})
         result["points"].sort(key=lambda point: point["flops"])
         result |= {"revision": find_revision(), "machine": machine_name()}

@@ -65,6 +65,10 @@ def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
     result = actors.score_runs([kept_run], file, reader, 3, "cpu")
     assert [point["checkpoint"] for point in result["points"]] == [f"run/step_00000{i}" for i in (0, 2, 4)]
     assert {"seen", "several actors", "long", "long: two"} <= result["points"][0]["scores"].keys()
+    once = json.loads(file.read_text())
+    del once["points"][1]  # as if it had been stopped
+    file.write_text(json.dumps(once))
+    assert actors.score_runs([kept_run], file, reader, 3, "cpu") == result
     monkeypatch.setattr(actors, "evaluate", None)
     assert actors.score_runs([kept_run], file, reader, 3, "cpu") == json.loads(file.read_text())
     with pytest.raises(ValueError, match="3 prompts per set"):

@@ -229,6 +229,26 @@ def language_result(arm, seed, shift):
     return {"arm": arm, "seed": seed, "revision": "abc", "machine": "m", "scores": scores}
 
 
+def test_the_table_of_learning_rates(tmp_path):
+    """The last loss of each kind and rate, over its seeds."""
+    for seed, loss in ((0, 0.2), (1, 0.4)):
+        curve = [{"step": 0, "flops": 1, "val_loss": 0.9}, {"step": 9, "flops": 2, "val_loss": loss}]
+        result = {"arm": "lora, 0.003", "seed": seed, "arguments": [], "curve": curve}
+        write_result(tmp_path, "rates", result)
+    found = report.read_part(tmp_path / "rates", "rates", {"lora, 0.003": ("base", "")})
+    assert "| lora, 0.003 | 0.3000 ± 0.1414 |" in report.rates_section(found)[1]
+
+
+def test_after_the_deadline_no_arm_is_begun(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(study, "run_arm", lambda *arm: begun.append(arm))
+    here = study.Study(tmp_path, tmp_path, None, "", quick=True)
+    study.run_study(here, ["table"], None, [0], deadline=0)
+    assert not begun
+    study.run_study(here, ["table"], None, [0])
+    assert [arm for _, _, arm, _ in begun] == list(study.TABLE)
+
+
 def test_the_report_of_part_language(tmp_path):
     for seed, shift in enumerate((0.1, 0.2, 0.3)):
         write_result(tmp_path, "language", language_result("base encoder", seed, shift))
