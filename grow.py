@@ -9,6 +9,7 @@ computed. Training then teaches the new parameters. An operator takes a model an
     grow_mlp          more hidden neurons: duplicates that share the work          the same up to rounding
     grow_llm          a second cross-attention in every block, with a zero gate    the same bits
     grow_resolution   more frames and pixels: positions are formulas               the same bits on old sizes
+    grow_patch        more pixels, in as many patches                              the enlarged output
     add_lora          zero-initialized low-rank adapters beside frozen weights     the same bits
     merge_lora        the product of the adapters added to the weights             the same up to rounding
 
@@ -67,6 +68,7 @@ from stacking import WHERE, stacking_plan
 # Operators
 
 ZEROS = ("gate", "proj", "both", "none")  # which factor of a copied block is zero
+PATCH_MAPS = ("patch_embed.weight", "final.weight", "final.bias")  # know how many pixels a patch has
 
 
 def grow_depth(model: DiT, add: int, group: int | None = None, where="insert", zero="gate") -> DiT:
@@ -128,6 +130,22 @@ def grow_resolution(model: DiT, frames: int | None = None, size: int | None = No
     return build_grown(model, model.state_dict(), frames=frames, size=size)
 
 
+def grow_patch(model: DiT, factor: int = 2) -> DiT:
+    """`factor` times as many pixels along each side of a clip and of its patches, so the number of tokens
+    stays. The grown model computes what the base makes of the reduced clip (means of factor x factor pixels),
+    enlarged (each pixel repeated), up to rounding. Finer detail has to be learned. The maps are those of
+    FlexiViT (arXiv 2212.08013, section 3.4) for nearest neighbours."""
+    check_factor(factor)
+    config = model.config
+    weights = model.state_dict()
+    columns = weights["patch_embed.weight"].T
+    weights["patch_embed.weight"] = enlarge_patch(columns, config, factor).T / factor**2  # a mean of pixels
+    for name in ("final.weight", "final.bias"):
+        weights[name] = enlarge_patch(weights[name], config, factor)
+    size, patch_size = factor * config.size, factor * config.patch_size
+    return build_grown(model, weights, size=size, patch_size=patch_size)
+
+
 def add_lora(model: DiT, rank: int) -> DiT:
     """Adapters of `rank` beside every linear map of attention and MLP (LoRA, arXiv 2106.09685). All other
     parameters are frozen."""
@@ -155,7 +173,7 @@ def merge_lora(model: DiT) -> DiT:
 
 
 OPERATORS = {"depth": grow_depth, "width": grow_width, "mlp": grow_mlp, "llm": grow_llm}
-OPERATORS |= {"resolution": grow_resolution, "lora": add_lora, "merge": merge_lora}
+OPERATORS |= {"resolution": grow_resolution, "patch": grow_patch, "lora": add_lora, "merge": merge_lora}
 EXACT = ("depth", "llm", "resolution", "lora")  # operators that keep every bit, unless zero is "none"
 
 
@@ -184,6 +202,19 @@ def zero_new_block(block, zero):
             parameter.zero_()
 
 
+def check_factor(factor):
+    """Raise ValueError unless `factor` is a whole number of at least 2."""
+    if type(factor) is not int or factor < 2:
+        raise ValueError(f"factor is {factor!r}; it must be a whole number of at least 2")
+
+
+def enlarge_patch(weight, config, factor):
+    """Repeat the rows of a map for each pixel of an enlarged patch: (patch_dim, ...) -> (factor^2 patch_dim,
+    ...)."""
+    pixels = weight.unflatten(0, (3, config.patch_time, config.patch_size, config.patch_size))
+    return pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).flatten(0, 3)
+
+
 def repeat_channels(old, shape, run):
     """Repeat each run of `run` entries along the axes in which `shape` is larger than that of `old`."""
     for axis, size in enumerate(shape):
@@ -197,8 +228,7 @@ def repeat_channels(old, shape, run):
 def grow_by_duplication(model, factor, noise, fields) -> DiT:
     """`factor` times the `fields` of the config. Every axis that becomes larger holds runs of D channels, and
     each run is repeated."""
-    if type(factor) is not int or factor < 2:
-        raise ValueError(f"factor is {factor!r}; it must be a whole number of at least 2")
+    check_factor(factor)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise}; it must be a number from 0 on")
     D = model.config.width
@@ -224,9 +254,13 @@ def grow_by_duplication(model, factor, noise, fields) -> DiT:
 
 
 def source_names(base: DiT, grown: DiT, plan=None) -> dict[str, str]:
-    """-> {name of a parameter in `grown`: its name in `base`}, without new parameters and copies of blocks.
-    Names stay the same, except that depth growth moves blocks by its `stacking_plan`."""
+    """-> {name of a parameter in `grown`: its name in `base`}, without new parameters, copies of blocks, and
+    maps of patches that became larger. Names stay the same, except that depth growth moves blocks by its
+    `stacking_plan`."""
     old = dict(base.named_parameters())
+    if base.config.patch_size != grown.config.patch_size:
+        for name in PATCH_MAPS:
+            del old[name]
     sources = {}
     for name, _ in grown.named_parameters():
         source, is_copy = name, False
@@ -307,6 +341,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     option("--zero", choices=ZEROS, help="for --depth: which factor of the copies is zero [gate]")
     option("--frames", type=int, help="frames of a clip")
     option("--size", type=int, help="height and width of a clip in pixels")
+    option("--patch", type=int, metavar="FACTOR", help="times as many pixels a side, in as many patches")
     option("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
     option("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in every MLP")
     option("--noise", type=float, help="for --width and --mlp: makes duplicates differ [1]")
@@ -331,6 +366,7 @@ def requested_growths(args: argparse.Namespace, depth: int) -> list[tuple[str, d
     possible = [
         ("merge", args.merge, {}),
         ("depth", args.depth, {"add": add, "group": args.group, "where": args.depth, "zero": zero}),
+        ("patch", args.patch, {"factor": args.patch}),
         ("resolution", resolution, {"frames": args.frames, "size": args.size}),
         ("width", args.width, {"factor": args.width, "noise": noise}),
         ("mlp", args.mlp, {"factor": args.mlp, "noise": noise}),

@@ -15,8 +15,9 @@ from dit import DiT, count_flops
 
 @torch.no_grad()
 def largest_difference(base: DiT, grown: DiT) -> tuple[float, float]:
-    """-> the largest |grown - base| and |base| over all outputs, on two random clips of the base's
-    shape with random timesteps and prompts of 4 and 7 tokens."""
+    """-> the largest |grown - base| and |base| over all outputs, on two random clips of the base's shape with
+    random timesteps and prompts of 4 and 7 tokens. If patches became larger, the clips and the outputs of the
+    base are enlarged to fit."""
     c = base.config
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, c.frames, c.size, c.size, generator=g)
@@ -24,11 +25,16 @@ def largest_difference(base: DiT, grown: DiT) -> tuple[float, float]:
     text = torch.randn(2, 7, c.text_dim, generator=g)
     llm = torch.randn(2, 7, grown.config.llm_dim, generator=g)
     mask = torch.arange(7) < torch.tensor([[4], [7]])
+    factor = grown.config.patch_size // c.patch_size
+
+    def enlarge(clips):
+        return clips.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
     outputs = []
-    for model in (base, grown):
+    for model, clips in ((base, x), (grown, enlarge(x))):
         prompt = (text, mask, llm, mask) if model.config.llm_dim else (text, mask)
-        outputs.append(model(x, t, *prompt))
-    difference = (outputs[1] - outputs[0]).abs().max()
+        outputs.append(model(clips, t, *prompt))
+    difference = (outputs[1] - enlarge(outputs[0])).abs().max()
     return difference.item(), outputs[0].abs().max().item()
 
 

@@ -284,6 +284,17 @@ def test_growth_changes_nothing(operator, options, dtype, tolerance):
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_larger_patches_enlarge_what_the_base_makes_of_the_reduced_clip(dtype, tolerance):
+    base = random_model(dtype=dtype)
+    grown = grow.grow_patch(base, 3)
+    assert grown.config.size == 3 * base.config.size and grown.config.tokens() == base.config.tokens()
+    large, t, *prompt = random_inputs(grown.config, dtype=dtype)
+    reduced = F.avg_pool3d(large, (1, 3, 3))
+    truth = F.interpolate(base(reduced, t, *prompt), scale_factor=(1, 3, 3))
+    assert truth.std() > 0.1 and difference(grown(large, t, *prompt), truth) < tolerance
+
+
 def test_plain_stacking_is_another_function():
     base, inputs = random_model(), random_inputs()
     assert difference(grow.grow_depth(base, 3, zero="none")(*inputs), base(*inputs)) > 0.2

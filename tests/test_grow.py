@@ -148,7 +148,7 @@ def test_any_growths_of_any_model_change_nothing(dtype, tolerance):
             out = call(model, inputs)
             assert torch.equal(out, truth) if exact else (out - truth).abs().max() < tolerance, operator
         assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    assert used == grow.OPERATORS.keys() - {"merge"}
+    assert used == grow.OPERATORS.keys() - {"merge", "patch"}  # which takes other inputs
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -192,6 +192,18 @@ def test_larger_clips():
     for block in grown.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
     torch.testing.assert_close(*corner_of_both(grown, x, t, text, mask), rtol=0, atol=1e-12)
+
+
+def test_larger_patches_are_new_to_the_optimizer():
+    """The moments of a map that has other rows or columns now would be those of other pixels."""
+    base = random_model()
+    state = {name: {"step": torch.tensor(4.0)} for name in base.state_dict()}
+    for entry, parameter in zip(state.values(), base.parameters(), strict=True):
+        entry |= {"exp_avg": parameter.detach(), "exp_avg_sq": parameter.detach() ** 2}
+    grown = grow.grow_state(checkpoint_of(base, state), "patch")
+    assert set(grown.metadata["new"]) == {"patch_embed.weight", "final.weight", "final.bias"}
+    assert grown.optimizer_state.keys() == base.state_dict().keys() - set(grown.metadata["new"])
+    assert grown.metadata["history"][-1]["changed"] == {"size": [16, 32], "patch_size": [4, 8]}
 
 
 def test_growth_leaves_random_numbers_and_mode_alone():
@@ -424,7 +436,7 @@ def test_the_command_grows_a_run_with_its_proof(trained, tmp_path, capsys):
         ("--depth prefix --add 1 --zero proj", True),
         ("--llm 7 --frames 8 --size 8", True),
         ("--lora 3", True),
-        ("--depth suffix --width 2 --mlp 3 --noise 0.5", False),
+        ("--depth suffix --patch 2 --width 2 --mlp 3 --noise 0.5", False),
     ],
 )
 def test_the_command_proves_every_growth(trained, tmp_path, capsys, options, exact):
