@@ -26,11 +26,12 @@ from dit import DiTConfig
 from draw import render
 from lab.evaluate import evaluate, prompt_sets, score_set
 from lab.reader import Reader, get_reader
-from lab.report import ACTOR_SETS, actors_table
+from lab.report import actors_table
 from lab.study import find_revision, machine_name
 from machine import pick_device, run_command
 from run import load_model, write_atomically
 
+ACTOR_SETS = ("seen", "several actors", "long")  # prompts of one actor, and of two or three in two styles
 RENDERED_AT_ONCE = 32  # true clips of 16 frames of 64x64 take a few hundred MB
 
 

@@ -37,8 +37,9 @@ from dit import PRESETS, DiT, DiTConfig, count_flops
 from flow import flow_loss
 from lab.evaluate import evaluate
 from lab.reader import get_reader
-from lab.report import attribute_mean, markdown_table
 from lab.study import machine_name
+from lab.tables import markdown_table
+from lab.verdicts import attribute_mean
 from machine import autocast, out_of_memory, pick_device, pick_precision, run_command
 from run import find_checkpoint, newest_checkpoint
 

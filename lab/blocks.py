@@ -37,8 +37,8 @@ from data import ToyDataset
 from dit import DiT
 from flow import loss_by_timestep, validation_batches
 from grow import build_grown
-from lab.report import markdown_table
 from lab.study import find_revision, machine_name
+from lab.tables import markdown_table
 from machine import pick_device, run_command
 from run import Checkpoint, load_model, save_checkpoint, write_atomically
 from text_encoder import Prompts

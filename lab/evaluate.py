@@ -11,7 +11,7 @@ or in a long prompt. A score is the share of clips, or of actors, with the right
 so on, and of clips with everything right. The validation loss is taken at fixed noise.
 
 **By the names of other benchmarks.** VBench (arXiv 2311.17982) and T2V-CompBench (arXiv 2407.14505), with
-which ModelGrow was measured, ask the same questions about real videos. `BENCHMARK_NAMES` in lab/report.py
+which ModelGrow was measured, ask the same questions about real videos. `BENCHMARK_NAMES` in lab/tables.py
 says which score here corresponds to which there, and `NOT_COVERED` what does not. `temporal_consistency`
 follows VBench's formulas, with the reader's features instead of DINO and CLIP, and with the mean of two
 frames instead of a network that interpolates between them.
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyDataset, caption, make_scenes
 from flow import GUIDANCE, STEPS, solve, validation_loss
 from lab.reader import FRAMES, get_reader, labels, render_clips
-from lab.report import BENCHMARK_NAMES, score_table
+from lab.tables import BENCHMARK_NAMES, score_table
 from machine import autocast, pick_device, pick_precision, run_command
 from run import find_checkpoint, load_model, newest_checkpoint
 from text_encoder import NULL_PROMPT, Prompts

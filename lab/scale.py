@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from dit import PRESETS, DiT, count_flops
 from flow import T_BINS, loss_by_timestep, validation_batches
-from lab.report import markdown_table
 from lab.study import find_revision, machine_name
+from lab.tables import markdown_table
 from machine import RESIDENT_SHARE, pick_device, run_command
 from run import DEFAULTS, Checkpoint, Diverged, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point

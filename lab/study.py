@@ -61,7 +61,8 @@ import torch.nn.functional as F
 from lab.evaluate import evaluate, prove, sample_clips
 from lab.parcel import take
 from lab.reader import Reader, get_reader
-from lab.report import LOSS_ONLY, score_table, write_report
+from lab.report import LOSS_ONLY, write_report
+from lab.tables import score_table
 from machine import run_command
 from run import load_checkpoint, load_model
 from text_encoder import Prompts

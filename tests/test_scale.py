@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import train_without_pictures
-from lab import report, scale, study
+from lab import report, scale, study, verdicts
 from text_encoder import Prompts
 
 FEW = (
@@ -225,9 +225,9 @@ def test_flops_for_a_loss():
     """On a power law the interpolation is exact. Nothing is said outside of the points."""
     points = [(10.0**k, 3 * 10 ** (-0.1 * k)) for k in range(4)]
     for flops in (1.0, 7.0, 500.0, 1000.0):
-        assert report.flops_for(points, 3 * flops**-0.1) == pytest.approx(flops)
-    assert report.flops_for(points, 3.1) is None  # lower from the start
-    assert report.flops_for(points, 1.4) is None and report.flops_for([], 2) is None
+        assert verdicts.flops_for(points, 3 * flops**-0.1) == pytest.approx(flops)
+    assert verdicts.flops_for(points, 3.1) is None  # lower from the start
+    assert verdicts.flops_for(points, 1.4) is None and verdicts.flops_for([], 2) is None
 
 
 def test_ratio_of_flops_at_equal_loss():
@@ -235,15 +235,15 @@ def test_ratio_of_flops_at_equal_loss():
     found = power_laws()
     for budget in BUDGETS:
         pair = "doubled at 50 %", "never grown"
-        assert report.equal_loss_ratio(found, budget, *pair, 0) == pytest.approx(0.8**-5)
-        assert report.equal_loss_ratio(found, budget, *pair[::-1], 0) == pytest.approx(0.8**5)
+        assert verdicts.equal_loss_ratio(found, budget, *pair, 0) == pytest.approx(0.8**-5)
+        assert verdicts.equal_loss_ratio(found, budget, *pair[::-1], 0) == pytest.approx(0.8**5)
         needed = (16 / 8 * (100 * budget) ** 0.2) ** (1 / 0.3)  # 16 C^-0.3 = 8 (100 budget)^-0.2
-        ratio = report.equal_loss_ratio(found, budget, "never grown", "large from scratch", 0)
+        ratio = verdicts.equal_loss_ratio(found, budget, "never grown", "large from scratch", 0)
         if 100 <= needed <= 6400:
             assert ratio == pytest.approx(needed / (100 * budget))
     only = {1: found[1]}
-    assert report.equal_loss_ratio(only, 1, *pair, 0) is None  # one budget tells nothing
-    assert report.equal_loss_ratio(found, 1, *pair, 5) is None
+    assert verdicts.equal_loss_ratio(only, 1, *pair, 0) is None  # one budget tells nothing
+    assert verdicts.equal_loss_ratio(found, 1, *pair, 5) is None
     assert report.ratio_cell(found, 4, *pair) == "3.05 (6.10)"  # without the base it spends half as much
     assert report.ratio_cell(found, 4, *pair[::-1]) == "0.33"
     assert report.ratio_cell(found, 4, "never grown", "never grown") == ""
@@ -257,19 +257,19 @@ def test_crossing():
             "a": {0: made_up("a", 0, budget, 1.0 - 0.1 * (i - 1.5))},
             "b": {0: made_up("b", 0, budget, 1.0)},
         }
-    assert report.crossing(found, "a", "b", 0) == pytest.approx(800)
-    assert report.crossing(found, "b", "a", 0) == 0
+    assert verdicts.crossing(found, "a", "b", 0) == pytest.approx(800)
+    assert verdicts.crossing(found, "b", "a", 0) == 0
     found[64]["a"][0]["curve"][-1]["val_loss"] = found[16]["a"][0]["curve"][-1]["val_loss"] = 2.0
-    assert report.crossing(found, "a", "b", 0) is None and report.crossing(found, "a", "b", 1) is None
+    assert verdicts.crossing(found, "a", "b", 0) is None and verdicts.crossing(found, "a", "b", 1) is None
     assert [report.crossing_word(flops) for flops in (800.0, 0.0, None)] == ["8e+02", "always", "never"]
 
 
 def test_steps_to_cross():
     never = made_up("never grown", 0, 1, 2.0, curve=[(0, 0.0, 9.0), (1, 1.0, 4.0), (2, 10.0, 3.0)])
     grown = [(0, 10.0, 3.0), (1, 10**1.5, 2.4), (2, 50.0, 2.4), (3, 60.0, 2.1), (4, 70.0, 2.1)]
-    assert report.steps_to_cross(made_up("a", 0, 1, 1.9, curve=grown), never) == 3  # 2.22 at 60
-    assert report.steps_to_cross(made_up("a", 0, 1, 2.1, curve=grown), never) is None
-    assert report.steps_to_cross(made_up("a", 0, 1, 1.9, curve=[(0, 10.0, 3.0)]), never) == 100
+    assert verdicts.steps_to_cross(made_up("a", 0, 1, 1.9, curve=grown), never) == 3  # 2.22 at 60
+    assert verdicts.steps_to_cross(made_up("a", 0, 1, 2.1, curve=grown), never) is None
+    assert verdicts.steps_to_cross(made_up("a", 0, 1, 1.9, curve=[(0, 10.0, 3.0)]), never) == 100
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_a_report_of_what_is_there(whole, quick, tmp_path):
         (tmp_path / "scale" / name).write_bytes(content)
     text = report.write_report(tmp_path, study.PARTS)
     for arm in FEW:
-        assert text.count(f"| {arm} |") == (2 if arm == report.EXTRA else 3)
+        assert text.count(f"| {arm} |") == (2 if arm == verdicts.EXTRA else 3)
     for name in whole:
         if "never" in name or name.startswith("2-large"):
             (tmp_path / "scale" / name).unlink()

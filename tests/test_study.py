@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny_llm
-from lab import report, study
+from lab import report, study, tables, verdicts
 from run import load_checkpoint
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments
@@ -112,7 +112,7 @@ def test_arms_spend_their_budget(small_study, capsys, monkeypatch):
         per_step = (spent[arm] - spent.get("base", 0) * (arm == "insert")) / steps
         assert steps > 2 and abs(spent[arm] - budget) <= per_step / 2
     assert result["flops"] == spent["insert"] and result["arm"] == "insert" and result["revision"] == "abc"
-    curve = report.loss_curve(result, "val_loss")
+    curve = verdicts.loss_curve(result, "val_loss")
     assert curve[0][:2] == (0, spent["base"]) and curve[-1][1] == spent["insert"]
     file = small_study.results / "timing" / "insert-0.json"
     assert json.loads(file.read_text()) == result
@@ -205,10 +205,10 @@ def test_the_report_in_the_repository_is_that_of_its_files(tmp_path):
 
 
 def test_one_table_writer():
-    assert report.markdown_table(["a", "b"], [["1", "2"], ["3", ""]]) == (
+    assert tables.markdown_table(["a", "b"], [["1", "2"], ["3", ""]]) == (
         "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
     )
-    table = report.score_table({"seen": {"subject": 0.5, "all": 0.25, "place": 1}})
+    table = tables.score_table({"seen": {"subject": 0.5, "all": 0.25, "place": 1}})
     assert (
         table.splitlines()[0]
         == "|  | subject | colour | motion | background | change | count | relation | all |"
@@ -296,12 +296,12 @@ def test_savings_in_flops():
     large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
     grown = growth_result("insert at 25 %", 0, [3, 2.5, 1.5], per_step=0.5, before=50)
     # It comes down to 2 half-way between steps 100 and 200: 50 + 75 FLOPs instead of 200.
-    assert report.savings({0: grown}, {0: large, 1: large}) == [pytest.approx(200 / 125)]
-    assert report.savings({0: growth_result("", 0, [3, 2.5], 1)}, {0: large}) == [None]
-    assert report.first_reached([(5, 1.9), (6, 2.1), (7, 1.8)], 2.0) == 5
-    assert report.first_reached([(0, 3.0), (1, 2.5)], 2.0) is None
-    assert report.first_reached([(0, 3.0), (1, 2.5), (2, 1.5)], 2.0) == 1.5
-    assert report.loss_at(report.loss_curve(large, "val_loss"), 150) == 2.5
+    assert verdicts.savings({0: grown}, {0: large, 1: large}) == [pytest.approx(200 / 125)]
+    assert verdicts.savings({0: growth_result("", 0, [3, 2.5], 1)}, {0: large}) == [None]
+    assert verdicts.first_reached([(5, 1.9), (6, 2.1), (7, 1.8)], 2.0) == 5
+    assert verdicts.first_reached([(0, 3.0), (1, 2.5)], 2.0) is None
+    assert verdicts.first_reached([(0, 3.0), (1, 2.5), (2, 1.5)], 2.0) == 1.5
+    assert verdicts.loss_at(verdicts.loss_curve(large, "val_loss"), 150) == 2.5
 
 
 def test_spike_and_mixing():
@@ -309,10 +309,10 @@ def test_spike_and_mixing():
     large = growth_result("large from scratch", 0, [4, 3, 2], per_step=1)
     grown = growth_result("insert at 25 %", 0, [3, 2.5, 1.5], per_step=0.5, before=50)
     better = growth_result("insert", 0, [2.9, 1.9, 1.9], 1)
-    assert report.spike(grown, large) == pytest.approx(-1) and report.spike(better, better) == 0
-    assert report.steps_to_mix(better, grown) == 10 and report.steps_to_mix(large, grown) is None
+    assert verdicts.spike(grown, large) == pytest.approx(-1) and verdicts.spike(better, better) == 0
+    assert verdicts.steps_to_mix(better, grown) == 10 and verdicts.steps_to_mix(large, grown) is None
     without = {**large, "curve": [entry for entry in large["curve"] if "loss" not in entry]}
-    assert report.spike(without, large) is None and report.steps_to_mix(without, large) is None
+    assert verdicts.spike(without, large) is None and verdicts.steps_to_mix(without, large) is None
 
 
 def test_the_life_of_a_model_begins_at_its_growth():
@@ -321,10 +321,10 @@ def test_the_life_of_a_model_begins_at_its_growth():
     small = growth_result("_small 80 %", 0, [3, 1.5], 0.5)
     by_arm = {"_small 80 %": {0: small}, "never grown": {0: growth_result("", 0, [1.4], 0.5, 50)}}
     starts = {"_small 80 %": None, "never grown": "_small 80 %"}
-    life = report.since_growth("never grown", 0, by_arm, starts)
-    assert report.savings({0: life}, {0: large}) == [pytest.approx(200 / (50 * 2 / 3))]
+    life = verdicts.since_growth("never grown", 0, by_arm, starts)
+    assert verdicts.savings({0: life}, {0: large}) == [pytest.approx(200 / (50 * 2 / 3))]
     by_arm["never grown"][0]["arguments"] = ["--grow", "depth"]
-    assert report.since_growth("never grown", 0, by_arm, starts) == by_arm["never grown"][0]
+    assert verdicts.since_growth("never grown", 0, by_arm, starts) == by_arm["never grown"][0]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_the_life_of_a_model_begins_at_its_growth():
     ],
 )
 def test_verdicts(values, expected):
-    assert report.verdict(values) == expected
+    assert verdicts.verdict(values) == expected
 
 
 @pytest.fixture
