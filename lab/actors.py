@@ -70,7 +70,7 @@ def score_runs(runs: list[Path], file: Path, reader: Reader, count: int, device:
         model, metadata = load_model(weights)
         scores = evaluate(weights, reader, count, device=device, only=ACTOR_SETS)
         point = {"checkpoint": name, "flops": metadata["flops"]}
-        result["points"].append(point | {"blocks": model.config.depth, "scores": scores})
+        result["points"].append(point | {"scores": scores})
         result["points"].sort(key=lambda point: point["flops"])
         result |= {"revision": find_revision(), "machine": machine_name()}
         result["arguments"] = [json.loads((run / "args.json").read_text()) for run in runs]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The evidence that needs a GPU, the most valuable first: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]
 #
-#   pretrained   the model that comes along: 3 blocks learn both sets of the toy world on small clips, where a
-#                step is cheap. They are grown to 6 blocks, by a language model, and to 16 frames of 64x64, and
-#                continue for the time that is left; with scores
+#   pretrained   the model that comes along: `tiny` learns both sets of the toy world on small clips, where a step
+#                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
+#                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
 #   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
 #   scale        the window of growth: budgets of 1, 4 and 16 times 2.4e13 FLOPs, as far as time goes
@@ -29,14 +29,16 @@ in_minutes() { python -c "print($1 / 60)"; }
 
 runs=runs/gpu results=results
 data="--data both --words varied --clips 32768"
-base="$data --preset mini --depth 3 --frames 8 --size 32 --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
-grown="$data --batch 64 --every 3000 --keep --grow depth,llm --frames 16 --size 64"
+base="$data --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
+larger="--patch 2 --frames 16 --width 2"
+grown="$data --batch 64 --every 3000 --keep --grow llm"
 actors="--count 100" scores="--count 200" study= scale="--budgets 1 4 16 --clips 98304"
 if [[ $quick ]]; then
     runs=$out/runs results=$out/results
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
-    grown="$data --every 2 --keep --grow depth,llm --frames 8 --size 32"
+    larger="--patch 2 --frames 8 --width 2"
+    grown="$data --every 2 --keep --grow llm"
     actors="--count 4" scores="--count 4 --steps 1" study="--quick --arms base" scale="--quick --budgets 1 --seeds 0"
 fi
 
@@ -49,9 +51,12 @@ run() { # trains the run $1 with options $2, or what is left of it
 }
 
 if [[ ! -f $results/actors/pretrained.json ]]; then
-    [[ -d $runs/pretrained ]] || run pretrained-base "$base"
+    if [[ ! -d $runs/pretrained ]]; then
+        run pretrained-base "$base"
+        [[ -d $runs/larger ]] || python grow.py $runs/pretrained-base $larger --out $runs/larger
+    fi
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
-    run pretrained "$grown $long --from $runs/pretrained-base"
+    run pretrained "$grown $long --from $runs/larger"
     python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
     mkdir -p $results/pretrained
     python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json

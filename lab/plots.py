@@ -219,7 +219,7 @@ def plot_blocks(found, path: Path):
 
 def plot_actors(result, path: Path):
     """Accuracy over training FLOPs: each attribute of prompts of several actors, and everything at once by
-    number of actors. A dotted line stands where the model was grown."""
+    number of actors. A dotted line stands where one run ends and the next one, of the grown model, begins."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     points = result["points"]
@@ -236,7 +236,7 @@ def plot_actors(result, path: Path):
     for axes in (left, right):
         axes.set(xlabel="FLOPs of training")
         for before, after in itertools.pairwise(points):
-            if after["blocks"] != before["blocks"]:
+            if Path(after["checkpoint"]).parent != Path(before["checkpoint"]).parent:
                 axes.axvline(before["flops"], color="grey", linestyle=":")
         axes.legend(fontsize=8)
     save_plot(figure, path)

@@ -73,11 +73,11 @@ def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
     assert actors.score_runs([kept_run], file, reader, 3, "cpu") == json.loads(file.read_text())
     with pytest.raises(ValueError, match="3 prompts per set"):
         actors.score_runs([kept_run], file, reader, 4, "cpu")
-    result["points"][2]["blocks"] += 4
-    file.write_text(json.dumps(result))
     texts, pictures = [], []
-    for _ in range(2):
+    for grown in ("run", "run", "run-depth"):  # the last one has a dotted line where the next run begins
+        result["points"][2]["checkpoint"] = f"{grown}/step_000004"
+        file.write_text(json.dumps(result))
         texts.append(actors_section(tmp_path))
         pictures.append((tmp_path / "actors-run.png").read_bytes())
-    assert texts[0] == texts[1] and pictures[0] == pictures[1]
+    assert texts[0] == texts[1] and pictures[0] == pictures[1] != pictures[2]
     assert "true clips: several actors" in "".join(texts[0])
