@@ -120,11 +120,9 @@ class DiTConfig:
 
 
 PRESETS: dict[str, DiTConfig] = {
-    # for the study; for two CPU cores (the default); for minutes of one GPU; for one GPU; for one GPU and
-    # patience
+    # for the study; for two CPU cores (the default); for one GPU; for one GPU and patience
     "nano": DiTConfig(frames=8, size=32, patch_time=2, patch_size=8, width=128, depth=4, heads=4),
     "tiny": DiTConfig(frames=8, size=32, patch_time=4, patch_size=4, width=128, depth=4, heads=4),
-    "mini": DiTConfig(frames=16, size=64, patch_time=4, patch_size=4, width=192, depth=6, heads=3),
     "small": DiTConfig(frames=16, size=64, patch_time=2, patch_size=4, width=384, depth=12, heads=6),
     "base": DiTConfig(frames=16, size=64, patch_time=2, patch_size=4, width=768, depth=12, heads=12),
 }

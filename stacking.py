@@ -10,9 +10,13 @@ WHERE = ("insert", "prefix", "suffix")  # where copied blocks go
 
 def stacking_plan(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
     """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?). `depth` is
-    N, `add` is P, `group` is M. There are N // M groups; the first take the blocks left over, one each.
-    Without M there are min(N, P) groups; the first take the copies left over. Where P divides N, this is the
-    rule of LLaMA-Pro (arXiv 2401.02415). Raises ValueError where groups of M cannot share P copies."""
+    N, `add` is P, `group` is M. There are N // M groups; if M does not divide N, the first ones have a block
+    more. Without M there are min(N, P) groups; if these cannot share P copies, the first ones have one more:
+
+        N = 4, P = 6:    0 0' 0' 1 1' 1' 2 2' 3 3'
+
+    Where P divides N, this is the rule of LLaMA-Pro (arXiv 2401.02415). Raises ValueError where groups of M
+    cannot share P copies evenly."""
     if where not in WHERE:
         raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
     if not 1 <= add <= 1024:

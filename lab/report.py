@@ -28,10 +28,10 @@ from lab.verdicts import (
     NEVER,
     RULE,
     SCRATCH,
-    claims,
     crossing,
     equal_loss_ratio,
     gains,
+    judge,
     loss_at,
     loss_curve,
     measure,
@@ -76,6 +76,11 @@ LONGER = (
     "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
     " continuation.**"
 )
+
+
+def claims(found) -> list[str]:
+    """A paragraph for each claim some of whose arms are there: the verdict and the gains it rests on."""
+    return [f"**{j.claim}** {j.verdict.capitalize()}. {'; '.join(j.reasons)}." for j in judge(found)]
 
 
 def score_tables(found, baseline) -> list[str]:
@@ -432,16 +437,19 @@ def provenance(results) -> str:
     return f"Measured at {'; '.join(sorted(sources))}."
 
 
-def heading(results, parts) -> str:
-    """Over which seeds the means are, and how many runs are missing."""
+def heading(results, found, parts) -> list[str]:
+    """The first page: when growth pays, all verdicts, and over which seeds the means are."""
+    text = ["![Growing or not, with four times the budget](longer.png)"] if found["longer"] else []
+    judged = [*judge(found["growth"]), *judge(found["table"]), *judge(found["language"])]
+    if judged:
+        text.append(markdown_table(["claim", "verdict"], [[j.claim, j.verdict] for j in judged]))
     seeds = sorted({result["seed"] for result in results})
-    text = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
-    wanted = 0
-    for arms in parts.values():
-        wanted += 3 * sum(not arm.startswith("_") for arm in arms)
+    spread_over = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+    begun = [arms for part, arms in parts.items() if found[part]]
+    wanted = 3 * sum(not arm.startswith("_") for arms in begun for arm in arms)
     if len(results) < wanted:
-        text += f" Under way: {len(results)} of {wanted} runs are in."
-    return text
+        spread_over += f" Under way: {len(results)} of {wanted} runs are in."
+    return [*text, spread_over]
 
 
 def write_report(folder: Path, parts) -> str:
@@ -460,7 +468,7 @@ def write_report(folder: Path, parts) -> str:
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
     text = ["# Results", "Written by `python -m lab.study --report`."]
     if results:
-        text.append(heading(results, parts))
+        text += heading(results, found, parts)
     text.append(RULE)
     growth, language = found["growth"], found["language"]
     if growth:

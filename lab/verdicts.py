@@ -10,6 +10,7 @@ Left out: significance tests and confidence intervals.
 import itertools
 import math
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 
@@ -288,10 +289,18 @@ def read_claims() -> dict[str, list[tuple[str, str, str]]]:
     return found
 
 
-def claims(found) -> list[str]:
-    """A paragraph for each claim some of whose arms are there: the verdict and the gains it rests on. A
-    missing comparison leaves a claim open; a contradicted one decides it."""
-    text = []
+class Judged(NamedTuple):
+    """A claim with its verdict, and the gains that it rests on, in words."""
+
+    claim: str
+    verdict: str
+    reasons: list[str]
+
+
+def judge(found) -> list[Judged]:
+    """The claims some of whose arms are there. A missing comparison leaves a claim open; a contradicted one
+    decides it. found: {arm: {seed: result}}."""
+    judged = []
     for claim, comparisons in read_claims().items():
         reasons, verdicts = [], []
         for better, worse, name in comparisons:
@@ -301,5 +310,5 @@ def claims(found) -> list[str]:
                 reasons.append(f"*{better}* over *{worse}*, {name}: {spread(values, 4)} ({verdicts[-1]})")
         if reasons:
             decisive = next(v for v in ("contradicted", "open", "holds") if v in verdicts)
-            text.append(f"**{claim}** {decisive.capitalize()}. {'; '.join(reasons)}.")
-    return text
+            judged.append(Judged(claim, decisive, reasons))
+    return judged
