@@ -261,6 +261,7 @@ def test_the_report_of_part_language(tmp_path):
     assert "| llm mean | 0.800 ± 0.100 | 0.800 ± 0.100 |" in text
     assert "| llm mean | 0.100 ± 0.050 | 0.100 ± 0.050 |\n" in text  # the gain, seed by seed
     assert "| llm mean, refiner |" not in text
+    assert "| The language model helps with words that were in no training caption. | open |\n" in text
     gain = "*llm mean* over *base encoder*, held-out words: 0.1000 ± 0.0500 (holds)"
     assert f"in no training caption.** Open. {gain}.\n" in text  # two of three arms are not there
     write_result(
@@ -368,6 +369,9 @@ def test_claims_of_a_growth_report(growth_report):
     assert one_of_two in growth_report
     assert "with the whole budget.** Open." in growth_report  # they are equal
     assert "LLaMA-Pro" not in growth_report  # nothing is said of arms that are not there
+    first_page = growth_report[: growth_report.index("A claim *holds* if")]
+    assert "![Growing or not, with four times the budget](longer.png)" in first_page
+    assert "| Expansion forgets less of the old data than dense continuation. | holds |\n" in first_page
 
 
 def test_tables_of_a_growth_report(growth_report):
