@@ -6,10 +6,11 @@
         walks/dog.webm          its caption may also lie beside it, in walks/dog.txt
         walks/bird/0001.png     a folder of pictures is a clip too
 
-**Captions** come from metadata.jsonl or metadata.csv ("file_name", and "text" or "caption"), else from a text
-file beside the clip, else from the name of its folder. Text must be UTF-8: a clip with other text is bad.
-"text" is the detailed caption; "text_short" serves `--captions short`. Metadata can only refer to files that
-a walk through the folder has found: absolute paths, `..` and symbolic links lead nowhere.
+**Captions** come from metadata.jsonl or metadata.csv at the top ("file_name", and "text" or "caption"), else
+from a text file beside the clip, else from the name of its subfolder. A clip without a caption is bad, also
+if its text is empty or not UTF-8. "text" is the detailed caption; "text_short" serves `--captions short`.
+Metadata can only refer to files that a walk through the folder has found: absolute paths, `..` and symbolic
+links lead nowhere.
 
 **Cache.** Every file is decoded once (decode.py). Its clips are appended to clips.bin, and then a line about
 it to manifest.jsonl, `COMMIT` files at a time. After a kill, bytes that no line describes are cut off, and
@@ -20,7 +21,8 @@ shape, frame rate and `CLIPS_VERSION` has its own cache. Its bytes are mapped in
 of all (`--max-bad`), nothing is trained. The next start tries bad files again, since the machine may be the
 reason.
 
-**Passed over**, with a note: hidden folders, links to folders, runs, samples and previews of this project.
+**Passed over**, with a note: hidden folders, links to folders, runs, samples and previews of this project,
+and text files that could be meant as captions but are not read.
 
 **Validation** is on a tenth of the files (`--validation`), chosen by a hash of their names. Clips of one film
 never fall on both sides, and a file stays on its side when others are added. If one side is empty, both are
@@ -30,6 +32,7 @@ Left out: buckets of several shapes, captions by a multimodal LLM, archives, rem
 """
 
 import csv
+import difflib
 import hashlib
 import json
 import math
@@ -49,10 +52,22 @@ from decode import MAX_CLIPS, OTHER_VIDEOS, PICTURES, VIDEOS, DecodingPool
 from machine import cache_dir, decode_text
 from video import FPS, is_marked, save_grid
 
+METADATA = ("metadata.jsonl", "metadata.csv")
+TEXTS = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".srt",
+    ".vtt",
+)  # endings of what may be meant as captions
 RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
 CLIPS_VERSION = 2  # of decoded pixels: add one when decode.py makes other pixels of the same file
 VALIDATION = 0.1  # share of the files that is held out
 FEW = 10  # held-out files are named if they are not more
+NAMED = 3  # files that a note names
+COMPARED = 10_000  # pairs of names that are searched for typos
 MAX_BAD = 0.1  # share of files and lines that may be bad
 MAX_LINE = 1 << 20  # bytes of a line of metadata
 MAX_CAPTION = 2000  # characters
@@ -78,10 +93,20 @@ def why_not_below(folder: Path) -> str:
 def why_not_read(file: Path) -> str:
     """Why a video or picture is passed over; "" if it is not."""
     if file.name.lower().endswith(OTHER_VIDEOS):
-        return "videos in formats that are not read"
+        return f"{file.suffix.lower()} videos, which are not read,"
     if file.is_file() and is_marked(file):
         return "files that this project has made"
     return ""
+
+
+def unread_texts(folder: Path, root: Path, names: list[str], subfolders: list[str]) -> list[Path]:
+    """The files of a folder that could be meant as captions but are not read."""
+    clips = [*subfolders, *(Path(name).stem for name in names if name.lower().endswith(VIDEOS))]
+    read = {one_form(f"{clip}.txt") for clip in clips}
+    if folder == root:
+        read.update(METADATA)
+    texts = [name for name in sorted(names) if name.lower().endswith(TEXTS) and not name.startswith(".")]
+    return [folder / name for name in texts if one_form(name) not in read]
 
 
 def walk(root: Path) -> tuple[list[Path], list[OSError], dict[str, list[Path]]]:
@@ -98,6 +123,9 @@ def walk(root: Path) -> tuple[list[Path], list[OSError], dict[str, list[Path]]]:
             else:
                 read[VIDEOS if file.name.lower().endswith(VIDEOS) else PICTURES].append(file)
         clips += read[VIDEOS]
+        if texts := unread_texts(Path(folder), root, names, subfolders):
+            why = "text files other than metadata.jsonl or .csv at the top and NAME.txt beside a clip"
+            passed_over.setdefault(why, []).extend(texts)
         is_leaf = all(name.startswith(".") for name in subfolders)
         if read[PICTURES] and not read[VIDEOS] and is_leaf and Path(folder) != root:
             clips.append(Path(folder))
@@ -223,12 +251,16 @@ def read_csv(path: Path, problems: list, names: set[str]):
         start += rows.line_num
         if columns is None:
             columns = values
+            if len(values) == 1 and (";" in values[0] or "\t" in values[0]):
+                problems.append((f"{path.name}, line {number}", "its columns must be separated by commas"))
+                return
         elif values:
             yield number, dict(zip(columns, values, strict=False))
 
 
 def read_row(row: dict, known: dict[str, str], captions: dict) -> tuple[str, str, str]:
-    """A row of metadata -> (file, caption, short caption). Raises ValueError for a bad row."""
+    """A row of metadata -> (file, caption, short caption). Raises ValueError for a bad row, KeyError with the
+    name of a file that is not there."""
     name = row.get("file_name")
     text = row.get("text") or row.get("caption")
     short = row.get("text_short") or text
@@ -236,7 +268,7 @@ def read_row(row: dict, known: dict[str, str], captions: dict) -> tuple[str, str
         raise ValueError('it has no "file_name", or no "text" or "caption", that is a text')
     path = Path(name).as_posix()
     if path not in known and one_form(path) not in known:
-        raise ValueError(f"no clip in this folder is called {name[:80]!r}")
+        raise KeyError(path)
     name = known.get(path) or known[one_form(path)]
     text, short = clean(text), clean(short) or clean(text)
     if not text:
@@ -251,9 +283,9 @@ def read_row(row: dict, known: dict[str, str], captions: dict) -> tuple[str, str
 
 def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, str]], list[tuple[str, str]]]:
     """{file: (caption, short caption)} for those of `found` that metadata names; and problems."""
-    captions, problems = {}, []
+    captions, problems, unknown = {}, [], []
     known = {one_form(name): name for name in found} | {name: name for name in found}
-    for file_name in ("metadata.jsonl", "metadata.csv"):
+    for file_name in METADATA:
         path = root / file_name
         if path.is_symlink():
             problems.append((file_name, "it is a link"))
@@ -268,7 +300,17 @@ def read_metadata(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, st
             except ValueError as error:
                 problems.append((f"{file_name}, line {number}", str(error)))
                 continue
+            except KeyError as error:
+                unknown.append((f"{file_name}, line {number}", error.args[0]))
+                continue
             captions[name] = text, short
+    lost = [name for name in found if name not in captions and not text_beside(root / name).is_file()]
+    for where, name in unknown:
+        similar = []
+        if len(unknown) * len(lost) <= COMPARED:
+            similar = difflib.get_close_matches(name, lost, 1)
+        typo = f": a typo for {similar[0]!r}, which has no caption?" if similar else ""
+        problems.append((where, f"no clip in this folder is called {name[:80]!r}{typo}"))
     return captions, problems
 
 
@@ -285,7 +327,7 @@ def text_beside(clip: Path) -> Path:
 
 
 def read_text_beside(clip: Path) -> str:
-    """The text beside a clip; "" if there is none. Raises ValueError for a file that cannot be read."""
+    """The text beside a clip; "" if there is no file. Raises ValueError for one that is empty or not text."""
     beside = text_beside(clip)
     if not beside.is_file() or beside.is_symlink():
         return ""
@@ -294,21 +336,23 @@ def read_text_beside(clip: Path) -> str:
     try:
         if len(content) > MAX_LINE:
             raise ValueError(f"it is longer than {MAX_LINE} bytes")
-        return clean(decode_text(content))
+        if text := clean(decode_text(content)):
+            return text
+        raise ValueError("it is empty")
     except ValueError as error:
         raise ValueError(f"its caption, {beside.name}: {error}") from None
 
 
-def name_of_folder(clip: Path) -> str:
-    """The caption of a clip that has no other."""
-    return clean(clip.resolve().parent.name.replace("_", " ").replace("-", " ")) or "a video"
+def name_of_folder(name: str) -> str:
+    """The subfolder that a clip lies in, as words; "" at the top, whose name says nothing about one clip."""
+    return clean(Path(name).parent.name.replace("_", " ").replace("-", " "))
 
 
 def read_captions(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, str]], list, list[str]]:
     """{file: (caption, short caption)} of those of `found` whose captions can be read; problems; and notes
     about captions that are missing or too long."""
     captions, problems = read_metadata(root, found)
-    missing, too_long = [], []
+    from_folder, too_long = [], []
     for name in found:
         if name not in captions:
             try:
@@ -316,26 +360,30 @@ def read_captions(root: Path, found: list[str]) -> tuple[dict[str, tuple[str, st
             except ValueError as error:
                 problems.append((name, str(error)))
                 continue
+            if not text and (text := name_of_folder(name)):
+                from_folder.append(name)
             if not text:
-                text = name_of_folder(root / name)
-                missing.append(name)
+                beside = text_beside(root / name).name
+                problems.append((name, f"it has no caption: write one into {beside} or metadata.jsonl"))
+                continue
             captions[name] = text, text
         if max(map(len, captions[name])) > MAX_CAPTION:
             too_long.append(name)
         text, short = captions[name]
         captions[name] = text[:MAX_CAPTION], short[:MAX_CAPTION]
     notes = []
-    if missing:
-        notes.append(f"{len(missing)} clips have the name of their folder as caption: {name_some(missing)}")
+    if from_folder:
+        what = f"{len(from_folder)} files have the name of their folder as caption"
+        notes.append(f"{what}: {name_some(from_folder)}")
     if too_long:
         notes.append(f"{len(too_long)} captions are cut at {MAX_CAPTION} characters: {name_some(too_long)}")
     return captions, problems, notes
 
 
 def name_some(names: list[str]) -> str:
-    """The first name of a list, and how many more there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{printable(names[0])}{more}"
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(printable, names[:NAMED])) + more
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -417,14 +465,13 @@ class Cache:
         failed = {}
         workers = min(torch.get_num_threads(), 8, len(names))
         step = max(1, min(COMMIT, MAX_WAITING // (MAX_CLIPS * self.clip_bytes)))
-        bar = tqdm(total=len(names), desc="decoding clips", unit="file", disable=len(names) < 50)
+        bar = tqdm(total=len(names), desc="decoding clips", unit="file")
         with DecodingPool(workers, *self.shape) as pool, bar:
             for start in range(0, len(names), step):
                 group = names[start : start + step]
-                results = pool.decode([self.root / name for name in group])
+                results = pool.decode([self.root / name for name in group], bar.update)
                 entries = []
                 for name, (clips, about, fault) in zip(group, results, strict=True):
-                    bar.update()
                     if fault:
                         failed[name] = fault
                         continue
@@ -495,19 +542,20 @@ def split(names: list[str], share: float = VALIDATION) -> tuple[list[str], list[
     return kept, held_out, note
 
 
-def check_share(scanned: Scan, max_bad: float):
-    """Raise ValueError if there are no clips, or if more than the share `max_bad` of all is bad."""
+def why_refused(scanned: Scan, max_bad: float = MAX_BAD) -> str:
+    """Why nothing is trained: there are no clips, or more than the share `max_bad` of all is bad; else ""."""
     bad = len(scanned.problems)
     total = bad + len(scanned.entries)
     if bad > max_bad * total or (bad and not scanned.entries):
-        first = ": ".join(scanned.problems[0])[:300]
-        raise ValueError(
-            f"{bad} of {total} files and lines of {scanned.root} are bad, more than --max-bad {max_bad:g}; "
-            f"the first: {first}; see `python data.py --check`"
+        names = name_some([what for what, _ in scanned.problems])
+        return (
+            f"{bad} of {total} files and lines of {scanned.root} are bad, more than --max-bad {max_bad:g}: "
+            f"{names[:300]}; the first: {scanned.problems[0][1][:300]}"
         )
     if not total:
         kinds = f"no video ({' '.join(VIDEOS)}) and no folder of pictures"
-        raise ValueError(f"there are no clips in {scanned.root}: {kinds}")
+        return f"there are no clips in {scanned.root}: {kinds}"
+    return ""
 
 
 class FolderDataset:
@@ -516,13 +564,14 @@ class FolderDataset:
     `part` is "train" or "validation". `caption_style` is "short", "detailed" or "both" (short and detailed in
     turn). Of more than `count` clips, `count` are chosen evenly; None takes all. Clip i is `videos[rows[i]]`,
     with `videos` uint8 (M, 3, T, H, W). `validation` is the share of files that is held out. Raises
-    ValueError, with one line, as `check_share` does."""
+    ValueError, in one line, as `why_refused` says."""
 
     def __init__(
         self, scanned: Scan, part="train", caption_style="detailed", max_bad=MAX_BAD, count=None,
         validation=VALIDATION,
     ):  # fmt: skip
-        check_share(scanned, max_bad)
+        if refused := why_refused(scanned, max_bad):
+            raise ValueError(f"{refused}; see `python data.py --check`")
         entries = scanned.entries
         kept, held_out, note = split(list(entries), validation)
         chosen = held_out if part == "validation" else kept
@@ -547,42 +596,49 @@ class FolderDataset:
         return self.videos[rows.to(self.videos.device)].float() / 127.5 - 1
 
 
-def check(root: Path | str, out: Path, frames: int, size: int, fps: float):
+def check(root: Path | str, out: Path, frames: int, size: int, fps: float, caption_style="detailed"):
     """Print what is in a folder and what is wrong with it, and draw some of it: preview-NAME.png and .gif in
-    `out`. This is `python data.py --check DIR`."""
+    `out`. This is `python data.py --check DIR`. Raises ValueError if train.py would refuse the folder."""
     scanned = scan(root, frames, size, fps)
+    captions = {name: scanned.captions[name][caption_style == "short"] for name in scanned.entries}
     count = sum(entry["clips"] for entry in scanned.entries.values())
-    print(f"{len(scanned.entries)} files, {count} clips of {frames} frames")
-    if scanned.entries:
-        print_summary(scanned)
+    print(f"{len(scanned.entries)} files, {count} clips of {frames} frames of {size} x {size} pixels")
+    if captions:
+        print_summary(scanned, captions)
     for note in scanned.notes:
         print(f"note: {note}")
     for what, why in scanned.problems:
         print(f"skipped: {what}: {why}")
-    if not scanned.entries:
-        return
-    names = choose_evenly(list(scanned.entries), 32)
+    if captions:
+        draw_preview(scanned, captions, out, fps)
+    if refused := why_refused(scanned):
+        raise ValueError(f"train.py would refuse: {refused}")
+
+
+def draw_preview(scanned: Scan, captions: dict[str, str], out: Path, fps: float):
+    """Draw the first clips of at most 32 files, with names and captions."""
+    names = choose_evenly(list(captions), 32)
     firsts = [scanned.entries[name]["first"] for name in names]
     videos = scanned.cache.pixels()[firsts].permute(0, 2, 3, 4, 1).numpy()
-    labels = [scanned.captions[name][0] for name in names]
+    labels = [f"{printable(name)}: {captions[name]}" for name in names]
     out.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "gif"):
         path = out / f"preview-{scanned.root.resolve().name}.{ending}"
+        print(f"drawing {path}", flush=True)
         save_grid(path, videos, labels, columns=min(len(videos), 8), fps=fps)
-        print(path)
 
 
-def print_summary(scanned: Scan):
+def print_summary(scanned: Scan, captions: dict[str, str]):
     """Print lengths, sizes, captions, the held-out part and the notes of a folder."""
     entries = scanned.entries.values()
     seconds = sorted(entry["seconds"] for entry in entries)
     print(f"{sum(seconds):.1f} s are used, {seconds[0]:.2f} to {seconds[-1]:.2f} s of a file")
-    sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in entries)
-    print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)))
-    texts = [scanned.captions[name][0] for name in scanned.entries]
-    words = statistics.median(len(text.split()) for text in texts)
-    print(f"captions: {len(set(texts))} different, of {words:g} words (median)")
-    print(split(list(scanned.entries))[2])
+    sizes = Counter(f"{entry['width']}x{entry['height']}" for entry in entries).most_common()
+    more = f" and {len(sizes) - 8} more" if len(sizes) > 8 else ""
+    print("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:8]) + more)
+    words = statistics.median(len(text.split()) for text in captions.values())
+    print(f"captions: {len(set(captions.values()))} different, of {words:g} words (median)")
+    print(split(list(captions))[2])
     notes = {}
     for name, entry in scanned.entries.items():
         for note in entry["notes"]:

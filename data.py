@@ -29,6 +29,7 @@ negation, questions, several sentences about one actor's past, and languages oth
 
 import argparse
 import functools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +420,15 @@ def preview_scenes(which: str, seed: int) -> list[Scene]:
     return scenes
 
 
+def options_of_training(args, parser) -> list[str]:
+    """What a user has told --check and must tell train.py too."""
+    options = []
+    for name in ("captions", "frames", "size", "fps"):
+        if getattr(args, name) != parser.get_default(name):
+            options.append(f"--{name} {getattr(args, name)}")
+    return options
+
+
 def main(argv=None):
     """Write a preview of the toy world: `python data.py`; or of real clips: `python data.py --check DIR`."""
     parser = argparse.ArgumentParser(
@@ -428,20 +438,25 @@ def main(argv=None):
     add("--check", metavar="DIR", help="say what is in a folder of clips, and what is wrong")
     add("--fps", type=float, default=FPS, help=f"frames per second ({FPS}); a folder's clips are resampled")
     add("--data", default="basic", choices=("basic", "rich"), help="set of scenes (basic)")
-    add("--captions", default="short", choices=("short", "detailed"), help="style of the captions (short)")
-    add("--size", type=int, default=128, help="pixels per side of a clip (128)")
+    add("--captions", choices=("short", "detailed"), help="style of the captions (short; --check: detailed)")
+    add("--size", type=int, help="pixels per side of a clip (128; --check: 32, as in training)")
     add("--frames", type=int, default=8, help="frames per clip (8)")
     add("--seed", type=int, default=0, help="another seed draws other scenes (0)")
     add("--out", default="samples", help="folder to write into (samples)")
     args = parser.parse_args(argv)
+    size = args.size
+    if size is None:
+        size = 32 if args.check else 128
     if args.check:
         from clips import check
 
-        return check(args.check, Path(args.out), args.frames, args.size, args.fps)
+        check(args.check, Path(args.out), args.frames, size, args.fps, args.captions or "detailed")
+        print(f"next: python train.py --data {shlex.quote(args.check)}", *options_of_training(args, parser))
+        return
     scenes = preview_scenes(args.data, args.seed)
-    videos = render(scenes, args.frames, args.size).permute(0, 2, 3, 4, 1).numpy()
+    videos = render(scenes, args.frames, size).permute(0, 2, 3, 4, 1).numpy()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    labels = captions_of(scenes, args.captions)
+    labels = captions_of(scenes, args.captions or "short")
     for end in ("png", "gif"):
         path = Path(args.out) / f"preview-{args.data}.{end}"
         save_grid(path, videos, labels, fps=args.fps)

@@ -214,7 +214,8 @@ def decode_file(path: str, frames: int, size: int, fps: float, limit: float):
     try:
         return *decode(Path(path), frames, size, fps), ""
     except Exception as error:  # with a stranger's file a decoder may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        words = getattr(error, "strerror", None) or str(error)  # without FFmpeg's number
+        reason = " ".join(words.split()) or type(error).__name__
         return None, {}, reason[:200]
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -254,13 +255,13 @@ class DecodingPool:
         finally:
             sys.modules["__main__"] = self.main
 
-    def decode(self, paths: list[Path]) -> list[tuple]:
-        """Decode files -> for each what `decode_file` returns, in order. Raises OSError if no process can run
-        here."""
+    def decode(self, paths: list[Path], progress=lambda: None) -> list[tuple]:
+        """Decode files -> for each what `decode_file` returns, in order. `progress` is called after each.
+        Raises OSError if no process can run here."""
         for _ in range(MAX_POOLS):
             try:
                 futures = [self.schedule(path) for path in paths]
-                return [self.result(future) for future in futures]
+                return [self.result(future, progress) for future in futures]
             except RuntimeError:  # the pool as a whole broke, which is not the fault of a known file
                 self.stop()
                 self.start()
@@ -269,13 +270,14 @@ class DecodingPool:
     def schedule(self, path: Path) -> Future:
         return self.pool.schedule(decode_file, (str(path), *self.shape, self.limit), timeout=self.limit)
 
-    def result(self, future: Future) -> tuple:
+    def result(self, future: Future, progress) -> tuple:
         """Wait for one file. Raises RuntimeError if the pool is broken."""
         from pebble import ProcessExpired
 
         while not wait([future], timeout=1).done:
             if not self.pool.active:
                 raise BrokenProcessPool("the pool ended")
+        progress()
         try:
             return future.result()
         except TimeoutError:

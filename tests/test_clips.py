@@ -74,9 +74,11 @@ def write_clip(path, frames, fps=24):
 
 
 def lay_out(root, *names, seconds=1):
-    """Good clips of 32 pixels, each of another square -> the folder."""
+    """Good clips of 32 pixels, each of another square, with the name of their folder as caption -> the
+    folder."""
     for i, name in enumerate(names):
-        write_clip(root / name, moving_square(i, 8 * seconds, 32), 8)
+        path = write_clip(root / name, moving_square(i, 8 * seconds, 32), 8)
+        clips.text_beside(path).write_text(path.parent.name)
     return root
 
 
@@ -259,6 +261,8 @@ def test_what_is_no_video_is_refused(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises((ValueError, OSError), match=reason):
         decode.decode(tmp_path / name, 8, 32, 8)
+    _, _, told = decode.decode_file(str(tmp_path / name), 8, 32, 8, 100)
+    assert reason in told and "Errno" not in told
 
 
 def png_header(width, height):
@@ -373,7 +377,7 @@ def test_faults_of_processes_are_faults_of_files(tmp_path, faulty):
     assert reasons["exit.gif"] == "the decoder crashed (exit code 3)"
     assert reasons["greedy.gif"] == "MemoryError"
     assert reasons["hang.gif"] == "decoding took longer than 1 s"
-    assert reasons["none.gif"].startswith("[Errno 2] No such file")
+    assert reasons["none.gif"] == "No such file or directory"
     for name in ("a.gif", "b.gif", "z.gif"):
         found, about, _ = results[order.index(name)]
         truth, expected = decode.decode(root / name, 8, 32, 8)
@@ -385,7 +389,8 @@ def test_what_failed_is_tried_again_at_the_next_start(tmp_path, faulty):
     assert [name for name, _ in scan(root).problems] == ["crash.gif", "exit.gif"]
     for file in root.glob("*.pid"):
         file.unlink()
-    (root / "exit.gif").rename(root / "good.gif")
+    for ending in ("gif", "txt"):
+        (root / f"exit.{ending}").rename(root / f"good.{ending}")
     scanned = scan(root)
     assert [name for name, _ in scanned.problems] == ["crash.gif"] and list(scanned.entries) == [
         "a.gif",
@@ -520,7 +525,7 @@ class DirectPool:
     def __exit__(self, *_):
         pass
 
-    def decode(self, paths):
+    def decode(self, paths, progress):
         return [decode.decode_file(str(path), *self.shape, 100) for path in paths]
 
 
@@ -595,6 +600,8 @@ def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     root = lay_out(
         tmp_path / "my", "a.gif", "dogs-run/b.gif", "dogs-run/c.gif", "d", "walk.1", "f/below/g.gif"
     )
+    for name in ("a", "d", "dogs-run/b", "f/below/g"):
+        (root / f"{name}.txt").unlink()
     lay_out(root / ".hidden", "h.gif")
     lay_out(tmp_path, "outside.gif")
     iio.imwrite(root / "f" / "cover.png", moving_square()[0])  # beside a folder, so it is no video
@@ -608,12 +615,13 @@ def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     assert dict(scanned.problems) == {
         "link.gif": "it is a link out of the folder",
         "gone.gif": "it is not a file",
+        "a.gif": "it has no caption: write one into a.txt or metadata.jsonl",
+        "d": "it has no caption: write one into d.txt or metadata.jsonl",
     }
+    assert "2 files have the name of their folder as caption: dogs-run/b.gif, f/below/g.gif" in scanned.notes
     dataset = FolderDataset(scanned, max_bad=0.5)
     captions = dict(zip(dataset.names, dataset.captions, strict=True))
     assert captions == {
-        "a.gif, clip 1": "my",
-        "d, clip 1": "my",
         "walk.1, clip 1": "the first walk",
         "dogs-run/b.gif, clip 1": "dogs run",
         "dogs-run/c.gif, clip 1": "a dog runs",
@@ -621,9 +629,56 @@ def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     }
 
 
+def test_the_top_folder_is_no_caption(tmp_path, direct):
+    """Files that could be meant as captions are named. The name of the folder is not taken instead."""
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", "walks/d.gif")
+    for name in ("a", "b", "walks/d"):
+        (root / f"{name}.txt").unlink()
+    (root / "c.txt").write_text(" \n")
+    rows = json.dumps({"file_name": "d.gif", "text": "a dog"})
+    for name in ("captions.json", "a.json", "walks/metadata.jsonl"):
+        (root / name).write_text(rows)
+    scanned = scan(root)
+    assert list(scanned.entries) == ["walks/d.gif"] and scanned.captions["walks/d.gif"][0] == "walks"
+    assert dict(scanned.problems)["c.gif"] == "its caption, c.txt: it is empty"
+    which = "text files other than metadata.jsonl or .csv at the top and NAME.txt beside a clip"
+    assert f"3 {which} are passed over: a.json, captions.json, walks/metadata.jsonl" in scanned.notes
+    with pytest.raises(
+        ValueError, match=r"a\.gif, b\.gif, c\.gif; the first: it has no caption: write .* a\.txt"
+    ):
+        FolderDataset(scanned)
+
+
+def test_a_typo_in_metadata_is_recognized(tmp_path):
+    """Of a clip that has no caption. A clip that has one is not meant."""
+    root = lay_out(tmp_path / "my", "surfer.gif", "walks/dog.gif")
+    (root / "surfer.txt").unlink()
+    names = ("surfre.gif", "dog.gif", "elephant.mp4")
+    rows = [json.dumps({"file_name": name, "text": "a caption"}) for name in names]
+    (root / "metadata.jsonl").write_text("\n".join(rows))
+    problems = clips.read_metadata(root, ["surfer.gif", "walks/dog.gif"])[1]
+    assert problems == [
+        (
+            "metadata.jsonl, line 1",
+            "no clip in this folder is called 'surfre.gif': a typo for 'surfer.gif', which has no caption?",
+        ),
+        ("metadata.jsonl, line 2", "no clip in this folder is called 'dog.gif'"),
+        ("metadata.jsonl, line 3", "no clip in this folder is called 'elephant.mp4'"),
+    ]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_of_a_csv_are_recognized(tmp_path, separator):
+    (tmp_path / "metadata.csv").write_text(f"file_name{separator}text\na.gif{separator}a cat\n")
+    captions, problems = clips.read_metadata(tmp_path, ["a.gif"])
+    assert not captions
+    assert problems == [("metadata.csv, line 1", "its columns must be separated by commas")]
+
+
 def test_nothing_leads_out_of_a_folder(tmp_path, monkeypatch, all_in_training):
     """Names that FFmpeg would take for instructions, links in folders of pictures, loops, pipes, bytes."""
     monkeypatch.setattr(decode, "time_limit", lambda *_: 20)  # a pipe would be waited for
+    monkeypatch.setattr(clips, "name_of_folder", lambda name: "my")
     root = lay_out(tmp_path / "my", "a.gif", "12:30.gif")
     (tmp_path / "secret.csv").write_text("file_name,text\na.gif,secret\n")
     for way in ("concat:", "subfile,,start,0,end,0,,:"):
@@ -669,9 +724,9 @@ def decoded(direct, monkeypatch):
     names = []
     real = DirectPool.decode
 
-    def spy(self, paths):
+    def spy(self, paths, progress):
         names.extend(path.name for path in paths)
-        return real(self, paths)
+        return real(self, paths, progress)
 
     monkeypatch.setattr(DirectPool, "decode", spy)
     return names
@@ -701,6 +756,7 @@ def test_a_file_is_decoded_once(tmp_path, decoded, all_in_training):
     """Also a bad one, though both parts of the data set are made of the folder."""
     root = lay_out(tmp_path / "my", "a.gif", "b.gif")
     (root / "bad.gif").write_bytes(b"GIF89a")
+    (root / "bad.txt").write_text("a caption")
     scanned = scan(root)
     for part in ("train", "validation"):
         assert len(FolderDataset(scanned, part, max_bad=0.5)) == 2
@@ -796,9 +852,11 @@ def test_too_many_bad_files(tmp_path, all_in_training, direct):
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif")
     (root / "bad.gif").write_bytes(b"GIF89a")
     scanned = scan(root)
-    with pytest.raises(
-        ValueError, match=r"1 of 4 files and lines .* are bad, more than --max-bad 0.1; .*bad\.gif"
-    ):
+    (root / "bad.txt").write_text("a caption")
+    message = (
+        r"1 of 4 files and lines .* are bad, more than --max-bad 0.1: bad\.gif; the first: it has no cap"
+    )
+    with pytest.raises(ValueError, match=message):
         FolderDataset(scanned)
     assert [what for what, _ in FolderDataset(scanned, max_bad=0.25).problems] == ["bad.gif"]
     (tmp_path / "empty").mkdir()
@@ -830,16 +888,18 @@ def test_the_held_out_files_stay_the_same(tmp_path, direct):
 def test_check_tells_and_draws(tmp_path, capsys, monkeypatch, direct):
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", "walk", seconds=2)
     (root / "bad.gif").write_bytes(b"GIF89a")
+    (root / "bad.txt").write_text("a caption")
     monkeypatch.chdir(root)
-    clips.check(".", tmp_path / "samples", 8, 64, 16)
+    with pytest.raises(ValueError, match=r"^train\.py would refuse: 1 of 4 .*: bad\.gif; the first: [^;]*$"):
+        clips.check(".", tmp_path / "samples", 8, 64, 16)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        "3 files, 8 clips of 8 frames",
+        "3 files, 8 clips of 8 frames of 64 x 64 pixels",
         "4.0 s are used, 1.00 to 1.50 s of a file",
         "sizes: 32x32 (3)",
         "captions: 1 different, of 1 words (median)",
     ]
-    assert "note: enlarged to 64 pixels: a.gif and 2 more" in lines
+    assert "note: enlarged to 64 pixels: a.gif, b.gif, walk" in lines
     assert any(line.startswith("skipped: bad.gif: ") for line in lines)
     preview = Image.open(tmp_path / "samples" / "preview-my.gif")
     assert preview.n_frames == 8 and lines[-1].endswith("preview-my.gif")
@@ -848,10 +908,34 @@ def test_check_tells_and_draws(tmp_path, capsys, monkeypatch, direct):
         preview.seek(i)
         shown += preview.info["duration"]
     assert shown == 500  # 8 frames at 16 a second
-    for path in [*root.glob("*.gif"), root / "walk"]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    clips.check(".", tmp_path / "samples", 8, 16, 8)
-    assert capsys.readouterr().out == "0 files, 0 clips of 8 frames\n"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"train\.py would refuse: there are no clips in"):
+        clips.check(tmp_path / "empty", tmp_path / "samples", 8, 16, 8)
+    assert capsys.readouterr().out == "0 files, 0 clips of 8 frames of 16 x 16 pixels\n"
+
+
+def test_a_preview_has_names_and_captions_as_asked_for(tmp_path, capsys, monkeypatch, direct):
+    root = tmp_path / "my"
+    rows = []
+    for i in range(10):
+        write_clip(root / f"{i}.gif", moving_square(i, 8, 32 + i), 8)
+        rows.append(
+            json.dumps({"file_name": f"{i}.gif", "text": f"a long text {i}", "text_short": f"text {i}"})
+        )
+    (root / "metadata.jsonl").write_text("\n".join(rows))
+    drawn = []
+    monkeypatch.setattr(clips, "save_grid", lambda path, videos, labels, **how: drawn.append(labels))
+    for style, text in (("detailed", "a long text"), ("short", "text")):
+        clips.check(root, tmp_path, 8, 16, 8, style)
+        assert drawn.pop() == drawn.pop() == [f"{i}.gif: {text} {i}" for i in range(10)]
+        assert f"of {len(text.split()) + 1} words (median)" in capsys.readouterr().out
+
+
+def test_sizes_that_are_left_out_are_counted(capsys):
+    entry = {"seconds": 1, "height": 9, "notes": []}
+    entries = {f"{i}.gif": {**entry, "width": i} for i in range(10)}
+    clips.print_summary(clips.Scan(Path(), None, entries, {}, [], []), dict.fromkeys(entries, "a cat"))
+    assert "7x9 (1) and 2 more\n" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -901,9 +985,9 @@ def test_broken_clips(tmp_path):
     root = tmp_path / "my"
     for trial in range(110):
         file = good[rng.integers(len(good))]
-        target = root / f"{trial}{file.suffix}"
+        target = root / "walks" / f"{trial}{file.suffix}"
         if file.suffix == ".png":
-            target = root / str(trial) / file.name
+            target = root / "walks" / str(trial) / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(mutate(rng, file.read_bytes(), [None, 600][rng.integers(2)]))
     before = files_below(tmp_path)
@@ -920,9 +1004,9 @@ def test_broken_metadata(tmp_path, direct):
     """Each of 110 is read or refused in a line, and nothing is written but the cache."""
     rng, refused = np.random.default_rng(1), 0
     root = tmp_path / "my"
-    write_clip(root / "pictures", moving_square(5, 3, 32))
-    row = {"file_name": "pictures", "text": "a long caption", "text_short": "caf\u00e9"}
-    texts = {"jsonl": json.dumps(row), "csv": 'file_name,text,text_short\npictures,"a, b",c\n'}
+    write_clip(root / "my/pictures", moving_square(5, 3, 32))
+    row = {"file_name": "my/pictures", "text": "a long caption", "text_short": "caf\u00e9"}
+    texts = {"jsonl": json.dumps(row), "csv": 'file_name,text,text_short\nmy/pictures,"a, b",c\n'}
     for trial in range(110):
         ending = ("jsonl", "csv")[trial % 2]
         path = root / f"metadata.{ending}"

@@ -8,6 +8,7 @@ moves, and what is held out from training, is in test_all.py.
 import hashlib
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,10 +381,19 @@ def test_preview(which, tmp_path, capsys):
     assert durations == [40, 40]  # milliseconds at 25 frames a second
 
 
-def test_check_gets_all_options(tmp_path, monkeypatch):
+def test_check_gets_all_options(tmp_path, monkeypatch, capsys):
+    """And says how training goes on with them, at the size of training if none is given."""
     import clips
 
     calls = []
     monkeypatch.setattr(clips, "check", lambda *args: calls.append(args))
     data.main(f"--check videos --size 16 --frames 5 --fps 24 --out {tmp_path}".split())
-    assert calls == [("videos", tmp_path, 5, 16, 24.0)]
+    data.main(["--check", "my videos", "--captions", "short"])
+    assert calls == [
+        ("videos", tmp_path, 5, 16, 24.0, "detailed"),
+        ("my videos", Path("samples"), 8, 32, 8, "short"),
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "next: python train.py --data videos --frames 5 --size 16 --fps 24.0",
+        "next: python train.py --data 'my videos' --captions short",
+    ]

@@ -187,14 +187,15 @@ def test_a_prompt_that_is_not_utf8():
 
 
 def test_captions_that_are_cut_or_missing_are_counted(tmp_path, capsys):
-    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", "d.gif")
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", "walks/d.gif")
+    (root / "walks/d.txt").unlink()
     (root / "a.txt").write_text("long " * 1000)
     (root / "b.txt").write_text("a cat")
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "c.gif", "text": "x" * 2001}))
     clips.check(root, tmp_path / "out", 8, 16, 8)
     said = capsys.readouterr().out
-    assert "note: 2 captions are cut at 2000 characters: a.gif and 1 more\n" in said
-    assert "note: 1 clips have the name of their folder as caption: d.gif\n" in said
+    assert "note: 2 captions are cut at 2000 characters: a.gif, c.gif\n" in said
+    assert "note: 1 files have the name of their folder as caption: walks/d.gif\n" in said
     assert "skipped" not in said
 
 
@@ -214,6 +215,8 @@ def test_names_in_other_normal_forms(tmp_path, on_disk, written):
     """As files come from a Mac to another system, or the other way."""
     names = [unicodedata.normalize(on_disk, name) for name in ("caf\u00e9.gif", "\u00fcber.gif")]
     root = lay_out(tmp_path / "my", *names)
+    for file in root.glob("*.txt"):
+        file.unlink()
     told = unicodedata.normalize(written, "caf\u00e9.gif")
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": told, "text": "coffee"}))
     (root / unicodedata.normalize(written, "\u00fcber.txt")).write_text("above")
@@ -241,7 +244,10 @@ def test_own_output_is_no_data(tmp_path, monkeypatch, capsys, encoder_name):
     said = capsys.readouterr().out
     assert "3 files" in said and "skipped" not in said
     assert "note: 1 hidden folders are passed over: .trash\n" in said
-    assert "note: 5 files that this project has made are passed over: page.png and 4 more\n" in said
+    assert (
+        "note: 5 files that this project has made are passed over: page.png, surf.gif, surf.mp4 and 2 more\n"
+        in said
+    )
     run = run_training("runs/base", encoder_name, "--data . --steps 2")
     clips.check(".", Path("samples"), 8, 16, 8)
     assert "note: 1 runs of this project are passed over: runs/base\n" in capsys.readouterr().out
@@ -262,7 +268,8 @@ def test_what_is_passed_over_is_said(tmp_path):
     lay_out(tmp_path, "elsewhere/e.gif")
     (root / "link").symlink_to(tmp_path / "elsewhere")
     notes = scan(root).notes
-    assert "3 videos in formats that are not read are passed over: b.ts and 2 more" in notes
+    for name, ending in (("b.ts", ".ts"), ("c.WMV", ".wmv"), ("d.mpg", ".mpg")):
+        assert f"1 {ending} videos, which are not read, are passed over: {name}" in notes
     assert "1 links to folders are passed over: link" in notes
 
 

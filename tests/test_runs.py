@@ -660,6 +660,7 @@ def write_gifs(root, *names):
     for name in names:
         frames = [Image.new("L", (16, 16), 10 * t + ord(name[0]) % 50) for t in range(8)]
         frames[0].save(root / name, save_all=True, append_images=frames[1:], duration=125)
+        (root / name).with_suffix(".txt").write_text("a grey square")
 
 
 def test_resume_wants_the_same_clips(tmp_path, encoder_name):
