@@ -11,7 +11,10 @@ from pathlib import Path
 from grow_diffusers import Summary, grow, is_diffusers, model_folder, read_json, tree_of
 from machine import run_command
 from proof_diffusers import importance, largest_difference
+from run import find_checkpoint
 from stacking import WHERE
+
+OWN_OPTIONS = ("--at", "--check", "--importance")  # of which grow.py knows nothing
 
 
 def numbers(text: str) -> list[int]:
@@ -67,24 +70,37 @@ def report(summary: Summary) -> list[str]:
     before, after = summary.parameters
     lines.append(f"parameters: {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M")
     lines.append(f"new blocks: {' '.join(summary.new)}")
+    if summary.earlier:
+        lines.append(f"blocks of earlier growths, by their new numbers: {' '.join(summary.earlier)}")
     files = "1 file" if summary.files == 1 else f"{summary.files} files"
     lines.append(f"written: {summary.size / 1e6:,.1f} MB in {files}, peak memory {peak_memory()}")
     return lines
 
 
-def loading_lines(out: Path, summary: Summary, name: str) -> list[str]:
-    """Four lines of Python that load a grown model and name its new parameters."""
-    lines = ["import torch, diffusers"]
-    if summary.folder == out:
-        lines.append(f'model = diffusers.{name}.from_pretrained("{out}", torch_dtype=torch.bfloat16)')
-    else:
-        lines.append(
-            f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.bfloat16)'
-        )
-    model = "model" if summary.folder == out else "pipe.transformer"
+def loading_lines(summary: Summary, name: str) -> list[str]:
+    """Lines of Python that load a grown model for training and name its new parameters."""
     blocks = ", ".join(f'"{block}."' for block in summary.new)
-    lines.append(f"blocks = ({blocks},)")
-    lines.append(f"new = [p for name, p in {model}.named_parameters() if name.startswith(blocks)]")
+    lines = [
+        "import torch, diffusers",
+        "# float32: in bfloat16 most updates of a small learning rate are rounded away",
+        f'model = diffusers.{name}.from_pretrained("{summary.folder}", torch_dtype=torch.float32)',
+        f"blocks = ({blocks},)",
+    ]
+    if summary.earlier:
+        blocks = ", ".join(f'"{block}."' for block in summary.earlier)
+        lines.append(f"# blocks += ({blocks},)  # of earlier growths: add those that were never trained")
+    lines.append("new = [p for name, p in model.named_parameters() if name.startswith(blocks)]")
+    return lines
+
+
+def other_transformers(pipeline: Path, out: Path) -> list[str]:
+    """A line for each further transformer of a pipeline, such as transformer_2 of Wan 2.2."""
+    lines = []
+    for folder in sorted(pipeline.glob("transformer_*/")):
+        lines.append(
+            f"{folder.name} did not grow: run `python grow.py {folder} ... --out NEW`,"
+            f" then put NEW in the place of {out / folder.name}"
+        )
     return lines
 
 
@@ -94,7 +110,8 @@ def check_lines(base: Path, grown: Path) -> list[str]:
     verdict = "the same bits" if difference == 0 else "the same up to rounding"
     if not difference <= 0.01 * largest:
         raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
-    return [f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"]
+    line = f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"
+    return [f"{line}, peak memory {peak_memory()}"]
 
 
 def importance_lines(path: str) -> list[str]:
@@ -107,9 +124,9 @@ def importance_lines(path: str) -> list[str]:
 
 def grow_folder(argv) -> bool:
     """The part of grow.py's command that is done here: whether a word of `argv` (None: of the command line)
-    is a diffusers folder or --importance. Then `main` is run."""
+    is a diffusers folder or one of OWN_OPTIONS. Then `main` is run."""
     words = sys.argv[1:] if argv is None else argv
-    found = "--importance" in words or any(is_diffusers(word) for word in words)
+    found = any(word.split("=")[0] in OWN_OPTIONS or is_diffusers(word) for word in words)
     if found:
         main(words)
     return found
@@ -121,6 +138,9 @@ def main(argv=None):
     if args.importance:
         print("\n".join(importance_lines(args.folder)))
         return
+    if not is_diffusers(args.folder):
+        find_checkpoint(args.folder)  # its error says what the folder is
+        raise ValueError(f"--at and --check are for a folder in diffusers' format, not for {args.folder}")
     folder = model_folder(args.folder)
     if not args.out:
         config = read_json(folder / "config.json")
@@ -132,7 +152,8 @@ def main(argv=None):
     config = read_json(summary.folder / "config.json")
     if args.check:
         lines += check_lines(folder, summary.folder)
-    lines += [tree_of(config), "", *loading_lines(Path(args.out), summary, config["_class_name"])]
+    lines += [tree_of(config), *other_transformers(Path(args.folder), Path(args.out)), ""]
+    lines += loading_lines(summary, config["_class_name"])
     print("\n".join(lines))
 
 

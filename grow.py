@@ -331,9 +331,10 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line. Raises ValueError for options of a growth that is not asked for."""
     about = "Grow a checkpoint, in the order of this list, and prove it. Without a growth, print its history."
+    about += " For a folder of diffusers, `python grow.py FOLDER --help` shows the options."
     parser = argparse.ArgumentParser(description=about)
     option = parser.add_argument
-    option("checkpoint", help="run or checkpoint (for a diffusers folder, see command_diffusers.py --help)")
+    option("checkpoint", help="run or checkpoint, or folder of diffusers")
     option("--merge", action="store_const", const=True, help="add the product of adapters to the weights")
     option("--depth", choices=WHERE, help="more blocks, and where they go")
     option("--add", type=int, help="for --depth: blocks to add [as many as there are]")

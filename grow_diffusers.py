@@ -51,8 +51,8 @@ Traps:
   blocks, insert changed that pass by 1.0 of 3.9. So it is refused.
 
 How it differs from other tools: mergekit moves layers of language models and does not preserve the function.
-Left out: width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; control nets and LoRA
-adapters, which name blocks of the base.
+Left out: training; width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; control
+nets and LoRA adapters, which name blocks of the base (`moved` gives their new names).
 """
 
 import json
@@ -211,6 +211,7 @@ REFUSED = {
     "HunyuanDiT2DModel": INDEXED + "skip connections from the first half to the second",
     "WanAnimate2Transformer3DModel": INDEXED + "its guidance skips block 9",
     "TransformerTemporalModel": "it is a part of a UNet, and no rule was tried",
+    "WanModel": "it is in Wan's original format: convert it, or download the -Diffusers repository",
 }
 
 
@@ -219,7 +220,7 @@ def block_lists(name: str, config: dict) -> tuple[BlockList, ...]:
     if name in REFUSED:
         raise ValueError(f"{name} cannot be grown: {REFUSED[name]}")
     if name not in RULES:
-        raise ValueError(f"there is no rule for {name[:80]}; there are rules for {', '.join(RULES)}")
+        raise ValueError(f"there is no rule for {name[:80]}; docs/real_models.md lists those that have one")
     if "quantization_config" in config:
         raise ValueError("a quantized checkpoint cannot be grown: take the original weights")
     for entry, reason in CONDITIONS.get(name, {}).items():
@@ -333,7 +334,10 @@ def read_header(file: Path) -> dict[str, Entry]:
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
                 tensors[name] = Entry(file, shape, dtype, TYPES[dtype] * torch.Size(shape).numel())
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or broken: {error}") from None
+        with file.open("rb") as opened:
+            pointer = opened.read(7) == b"version"  # the first word of a Git LFS pointer
+        reason = "a Git LFS pointer: run git lfs pull" if pointer else f"cut off or broken: {error}"
+        raise ValueError(f"{file} is {reason}") from None
     return tensors
 
 
@@ -395,6 +399,7 @@ class Summary(NamedTuple):
     changed: dict[str, list[int]]  # count in config.json -> before, after
     parameters: tuple[int, int]  # before, after
     new: list[str]  # names of the new blocks
+    earlier: list[str]  # those of earlier growths, which have moved; nothing tells whether they are trained
     size: int  # bytes of the grown weights
     files: int
 
@@ -547,6 +552,8 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     history = read_history(source.config)
     zero = pick_zero(name, source.config, zero)
     targets, changed, new = make_targets(source, zero, add, where, at)
+    history = [{**event, "new": [moved(block, new) for block in event["new"]]} for event in history]
+    earlier = [block for event in history for block in event["new"]]
     where = "at" if at is not None else where
     event = {"grow": "depth", "where": where, "zero": zero, "changed": changed, "new": new}
     config = {**source.config, HISTORY: [*history, event]}
@@ -566,7 +573,7 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
     after = sum(torch.Size(source.tensors[target.source].shape).numel() for target in targets)
     size = sum(source.tensors[target.source].size for target in targets)
-    return Summary(model_folder(out), changed, (before, after), new, size, files)
+    return Summary(model_folder(out), changed, (before, after), new, earlier, size, files)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -579,7 +586,7 @@ def write_folder(folder: Path, new: Path, source: Source, config: dict, targets:
     new.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(new.parent).free
     if size > free:
-        raise OSError(f"it takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
     copy_others(folder, new, source)
     grown = new / source.folder.relative_to(folder)
     (grown / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -649,8 +656,25 @@ def load_targets(source: Source, targets: list[Target]) -> dict[str, torch.Tenso
     return tensors
 
 
+def moved(name: str, new: list[str]) -> str:
+    """The name of a block, or of a tensor of it or its LoRA adapter, once the blocks `new` are in the stack:
+    moved("blocks.2.ffn.net.2.bias", ["blocks.1", "blocks.4"]) is "blocks.3.ffn.net.2.bias"."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        taken = sorted(int(block.split(".")[1]) for block in new if block.split(".")[0] == part)
+        if not taken:  # it is not the name of a list that has grown
+            continue
+        number = int(parts[i + 1])
+        for place in taken:
+            if place <= number:
+                number += 1
+        return ".".join([*parts[: i + 1], str(number), *parts[i + 2 :]])
+    return name
+
+
 def read_history(config: dict) -> list[dict]:
-    """The growths of a model, oldest first. Raises ValueError if the entry is not a history."""
+    """The growths of a model, oldest first. `new` of each holds the numbers that its blocks have now. Raises
+    ValueError if the entry is not a history."""
     history = config.get(HISTORY, [])
     try:
         for event in history:

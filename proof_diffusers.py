@@ -411,9 +411,9 @@ def load(folder: Path | str, dtype: torch.dtype | None = None):
     """A folder -> the diffusers model in eval mode. `dtype` None takes the type of most bytes. Raises
     ValueError if diffusers is not installed.
 
-    The tensors are cloned. As `from_pretrained` gives them, two loads of one model differed by 1e-6 in
-    float32 for SanaVideo, Latte and CogVideoX. With clones they did not. The cause is not known: a matrix
-    product at a shifted address did not show it."""
+    The tensors are cloned, which aligns them. As `from_pretrained` gives them, they begin where the header of
+    the file ends. On a CPU in float32, a product with one row, such as the time embedding of a batch of one,
+    rounds differently where the address of the weight is 8 modulo 16 instead of 0."""
     try:
         import diffusers
     except ImportError:

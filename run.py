@@ -41,6 +41,15 @@ from tqdm import tqdm
 from dit import DiT, DiTConfig
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the model that comes with the repository
+FOREIGN = {  # a file in a folder that is no checkpoint -> what the folder is
+    "model_index.json": "it is a pipeline of diffusers; docs/real_models.md says which grow and how to train",
+    "transformer/config.json": "did you mean its folder transformer?",
+    "config.json": "it is a model of another library; docs/real_models.md says which grow and how to train",
+}
+FILES = {  # suffix of a file that is no checkpoint -> what to do
+    ".safetensors": "name the folder that it is in",
+    ".gguf": "GGUF is quantized: take the original weights",
+}
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run any code when they are opened
 LOG_EVERY = 10  # steps per line of metrics.jsonl, and per synchronization with the device
 DEFAULTS = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": 8, "new": []}
@@ -85,6 +94,8 @@ def find_checkpoint(path: Path | str) -> Path:
     """A run or a checkpoint directory -> the checkpoint directory. Raises FileNotFoundError if there is none,
     ValueError for a pickle."""
     path = Path(path)
+    if path.is_file() and path.suffix in FILES:
+        raise ValueError(f"{path} is a file, and a checkpoint is a directory: {FILES[path.suffix]}")
     if path.is_file() or (path.suffix in PICKLES and not path.is_dir()):
         raise ValueError(
             f"{path} is not opened: a checkpoint is a directory with model.safetensors, and pickles"
@@ -93,7 +104,17 @@ def find_checkpoint(path: Path | str) -> Path:
     for directory in (path / "checkpoint", path, path / "checkpoint.old"):
         if (directory / "model.safetensors").is_file():
             return directory
-    raise FileNotFoundError(f"there is no checkpoint in {path} or {path}/checkpoint: no model.safetensors")
+    raise FileNotFoundError(f"there is no checkpoint in {path}: {foreign(path) or 'no model.safetensors'}")
+
+
+def foreign(path: Path) -> str:
+    """What a path is that may be no checkpoint of this project, or nothing if that cannot be told."""
+    if not path.exists():
+        return "no such folder, and a model on the Hub has to be downloaded first"
+    for file, meaning in FOREIGN.items():
+        if (path / file).is_file():
+            return meaning
+    return ""
 
 
 def is_quick(run: Path) -> bool:
@@ -182,6 +203,8 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         kind = type(error).__name__
+        hint = foreign(file.parent)
+        reason = f"{reason} ({hint})" if hint else reason
         raise ValueError(f"{file} is not a checkpoint of this project: {kind} {reason}") from None
     try:
         check_weights(weights, config)
@@ -514,7 +537,8 @@ class Run:
         line += f", validation loss {last['val_loss']:.4f}"
         if "old_val_loss" in last:
             line += f", on the old data {last['old_val_loss']:.4f}"
-        return line
+        then = f'python sample.py "YOUR PROMPT" --from {self.folder}'
+        return f"{line}\nthe model is in {self.folder / 'checkpoint'}; next: {then}"
 
 
 def plot_losses(path: Path, records: list[dict], times):
