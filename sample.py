@@ -169,12 +169,23 @@ def unused_name(name: str, used: set[str]) -> str:
     return candidate
 
 
+def newest_model() -> Path:
+    """The newest checkpoint. Prints a note about a newer run that is passed over because of --quick."""
+    chosen = newest_checkpoint()
+    time_of_chosen = (chosen / "model.safetensors").stat().st_mtime
+    for file in Path("runs").glob("*/checkpoint/model.safetensors"):
+        run = file.parents[1]
+        if file.stat().st_mtime > time_of_chosen:
+            print(f"note: {run} was made with --quick and is passed over; use --from {run}")
+    return chosen
+
+
 def main(argv=None):
     """Make videos: `python sample.py "a cat surfing"`."""
     args = parse_arguments(argv)
     prompts = read_prompts(args)
     device = pick_device(args.device)
-    source = args.source or newest_checkpoint()
+    source = args.source or newest_model()
     model, metadata = load_model(source)
     print(f"model: {source}")
     frames = model.config.frames if args.frames is None else args.frames

@@ -239,6 +239,9 @@ def set_up(args, prompts_class=Prompts) -> Training:
     config = start.model.config if start else new_config(args)
     if args.drop_text != TEXT_DROPOUT and not (config.llm_dim or args.resume):
         raise ValueError("--drop-text is for a model that reads with an LLM: --grow llm makes one")
+    if not args.resume and (args.batch or not card(device)):  # else `pick_batch` will say it
+        share = max(1, BATCH // parallel.WORLD)
+        say_what_is_trained(args, device, args.batch or share * parallel.WORLD)
     with parallel.first_process_first():
         data = open_data(args, config, metadata["fps"], history, device)
     for note in data.clips.notes:
@@ -254,6 +257,21 @@ def set_up(args, prompts_class=Prompts) -> Training:
     elif args.grow and "llm" in args.grow.split(",") and not args.resume:
         align((start.model, start.ema), prompts, data.clips.captions)
     return build(args, start._replace(metadata=metadata), data, prompts, device)
+
+
+def name_of(device) -> str:
+    """ "NVIDIA H200 with 140 GiB" or "cpu"."""
+    found = card(device)
+    return f"{found[0]} with {found[1] / 2**30:.0f} GiB" if found else str(device)
+
+
+def say_what_is_trained(args, device, batch: int):
+    """Print the choices that matter, before anything takes long."""
+    what = args.base or f"preset {args.preset}"
+    length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
+    options = "--batch and --steps" if args.base else "--preset, --batch and --steps"
+    if parallel.RANK == 0:
+        print(f"{name_of(device)}: {what}, batch {batch}, {length}; {options} change it", flush=True)
 
 
 def new_config(args):
@@ -372,8 +390,7 @@ def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -
     share = max(1, most // parallel.WORLD)
     if found is None:
         return share * parallel.WORLD
-    name, memory = found
-    name = f"{name} with {memory / 2**30:.0f} GiB"
+    _, memory = found
     what = args.base or f"preset {args.preset}"
     resident = clips.nbytes() + sum(part.flat.nbytes for part in prompts.features if part.resident)
     shards = parallel.WORLD if args.shard else 1
@@ -382,14 +399,12 @@ def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -
         needed = memory_needed(model, part, prompts.lengths, precision, resident, shards)
         if needed < USABLE * memory:
             batch = share * parallel.WORLD
-            length = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
-            if parallel.RANK == 0:
-                print(f"{name}: {what}, batch {batch}, {length}; --preset, --batch and --steps change it")
+            say_what_is_trained(args, clips.device, batch)
             return batch
         share //= 2
     raise ValueError(
-        f"{name}: one clip of {what} needs about {needed / 2**30:.1f} GiB; give --checkpoint-activations, a"
-        " smaller --preset or --size, or --batch 1 to try it"
+        f"{name_of(clips.device)}: one clip of {what} needs about {needed / 2**30:.1f} GiB; give"
+        " --checkpoint-activations, a smaller --preset or --size, or --batch 1 to try it"
     )
 
 

@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights, batches and noise (0)")
     add("--every", type=int, default=1500, help="steps between samples, validation and checkpoint (1500)")
     add("--keep", action="store_true", help="keep the weights of every validation, in step_N (off)")
-    add("--quick", action="store_true", help="nano, 20 steps: see that everything works, learn nothing (off)")
+    add("--quick", action="store_true", help="20 steps, nano if new: see that all works, learn nothing (off)")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
     add("--resume", action="store_true", help="continue the run in --out with the options it had (off)")

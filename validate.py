@@ -12,10 +12,11 @@ import math
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import parallel
 from dit import DiT
-from flow import T_BINS, logit_normal, shift_of, solve, validation_loss
+from flow import STEPS, T_BINS, logit_normal, shift_of, solve, validation_loss
 from machine import autocast
 from run import Checkpoint, Diverged, Run, history_tree, load_model
 from start import Training
@@ -45,8 +46,9 @@ def draw_samples(tr: Training, ema: DiT, path: Path):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(shown), 3, config.frames, config.size, config.size, generator=generator)
     prompt, null = tr.prompts.batch(shown), tr.prompts.batch([NULL_PROMPT])
-    with autocast(tr.device, tr.precision):
-        clips = solve(ema, noise.to(tr.device), prompt, null)
+    bar = tqdm(total=STEPS, desc="drawing samples", leave=False)
+    with autocast(tr.device, tr.precision), bar:
+        clips = solve(ema, noise.to(tr.device), prompt, null, progress=bar.update)
     path.parent.mkdir(exist_ok=True)
     save_grid(path, to_uint8(clips), shown, columns=4, fps=tr.metadata["fps"])
 
@@ -58,7 +60,7 @@ def validate(tr: Training, run: Run):
     if not run.writer:
         return
     numbers = {"flops": tr.flops_at(run.step)}
-    for name, dataset in tr.data.held_out.items():
+    for name, dataset in tqdm(tr.data.held_out.items(), "validating", leave=False):
         by_t = validation_loss(ema, dataset, tr.prompts, tr.precision).tolist()
         numbers |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
     if not math.isfinite(numbers["val_loss"]):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, ToyDataset, caption, make_scenes
+from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SETS, ToyDataset, caption, make_scenes
 from flow import GUIDANCE, STEPS, solve, validation_loss
 from lab.reader import FRAMES, get_reader, labels, render_clips
 from lab.tables import BENCHMARK_NAMES, score_table
@@ -53,9 +53,14 @@ CHUNK = 128  # clips that the reader sees at once
 # Scores
 
 
+def chunks(videos):
+    """Clips -> CHUNK of them at a time, with a progress bar if it takes long."""
+    return tqdm(videos.split(CHUNK), "reading clips", leave=False, delay=1)
+
+
 def predict(reader, videos):
     """Clips (B, 3, T, H, W) in [-1, 1] -> dict of tensors, as from `Reader.forward`, chunk by chunk."""
-    parts = [reader(chunk.float()) for chunk in videos.split(CHUNK)]
+    parts = [reader(chunk.float()) for chunk in chunks(videos)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -96,7 +101,7 @@ def actor_answers(reader, videos, pred, target) -> dict:
     first, last = target["colour"].unbind(-1)
     turns = first != last
     right = {name: pred[name].argmax(-1) == target[name] for name in ("motion", "size", "count")}
-    ends = torch.cat([reader.first_last_colour(chunk.float()) for chunk in videos.split(CHUNK)])
+    ends = torch.cat([reader.first_last_colour(chunk.float()) for chunk in chunks(videos)])
     right_turn = (ends.argmax(-1) == target["colour"]).all(-1)
     directed = target["motion"] < 4  # left, right, up, down
     return {
@@ -187,7 +192,7 @@ def temporal_consistency(reader, videos, scenes) -> dict[str, float]:
     B, _, T, _, _ = videos.shape
     frames = videos.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, 3, 1, H, W)
     subjects, pictures = [], []
-    for chunk in frames.split(CHUNK):  # each frame is shown as a clip that stands still
+    for chunk in chunks(frames):  # each frame is shown as a clip that stands still
         pooled, _, picture = reader.features(chunk.float().expand(-1, -1, FRAMES, -1, -1))
         subjects.append(pooled)
         pictures.append(picture)
@@ -363,6 +368,14 @@ def print_scores(scores, proof):
             print(f"{benchmark:45} {scores[name][column]:.3f} ({true[name][column]:.3f})")
 
 
+def say_what_the_judge_knows(checkpoint: Path):
+    """Print a note about a model that was trained on a folder of clips."""
+    _, metadata = load_model(checkpoint)
+    trainings = [event["train"] for event in metadata["history"] if "train" in event]
+    if trainings and trainings[-1] not in SETS:
+        print(f"note: {checkpoint} was trained on {trainings[-1]}, and the judge knows only the toy world")
+
+
 def main(argv=None):
     """Score a checkpoint: `python -m lab.evaluate runs/base`."""
     parser = argparse.ArgumentParser(
@@ -385,8 +398,11 @@ def main(argv=None):
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_checkpoint()
     out = Path(args.out) if args.out else output_path(checkpoint)
     reader = get_reader(device=pick_device(args.device))
+    say_what_the_judge_knows(checkpoint)
+    print("the judge is tested on true clips, which takes a minute on two CPU cores", flush=True)
     proof = prove(reader)
     print("The reader itself:\n" + score_table(proof))
+    print(f"scoring {checkpoint}", flush=True)
     scores = evaluate(checkpoint, reader, args.count, args.steps, args.guidance, args.device, args.seed)
     print(f"\n{checkpoint} ({args.count} prompts per set, guidance {args.guidance:g}, {args.steps} steps):")
     print_scores(scores, proof)

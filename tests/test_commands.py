@@ -7,8 +7,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from test_clips import moving_square, write_clip
 import run as run_module
 import sample
 import text_encoder
+import train
 from clips import in_validation
-from conftest import CHILDREN, SMALL, random_model, tiny_encoder, tiny_llm
+from conftest import CHILDREN, SMALL, brief, random_model, tiny_encoder, tiny_llm
 from decode import decode
 from machine import run_command
 from run import history_tree, load_model, save_model
@@ -150,6 +153,19 @@ def test_which_model_is_used_is_said(tmp_path, model_dir, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"a-red-cat.gif", "a-red-cat.mp4"}
 
 
+def test_a_quick_run_that_is_passed_over_is_named(tmp_path, model_dir, monkeypatch, capsys):
+    """If it is newer than the model that is taken."""
+    monkeypatch.chdir(tmp_path)
+    for name, quick, age in (("older", True, 9), ("real", False, 5), ("mine", True, 0)):
+        checkpoint = Path("runs", name, "checkpoint")
+        shutil.copytree(model_dir, checkpoint)
+        (checkpoint.parent / "args.json").write_text(json.dumps({"quick": quick}))
+        os.utime(checkpoint / "model.safetensors", (time.time() - age,) * 2)
+    assert sample.newest_model() == Path("runs/real/checkpoint")
+    note = "note: runs/mine was made with --quick and is passed over; use --from runs/mine\n"
+    assert capsys.readouterr().out == note
+
+
 def test_what_was_read_is_not_read_again(tmp_path, llm_model_dir, monkeypatch, only_gifs):
     draw(tmp_path / "a", llm_model_dir, ["a red cat"])
     monkeypatch.setattr(text_encoder, "make_encoder", None)
@@ -184,6 +200,25 @@ def test_file_names():
 
 # --------------------------------------------------------------------------------------------------------
 # The README's commands
+
+
+def test_a_training_says_what_it_does_and_what_is_next(tmp_path, encoder_name, capsys):
+    """Before all that takes long, and at its end. A run that is resumed has said it already."""
+    run = tmp_path / "run"
+
+    def said_by(out, options):
+        train.train(train.parse_arguments(brief(out, encoder_name, f"--device cpu {options}")))
+        return capsys.readouterr()
+
+    said, bars = said_by(run, "--steps 2")
+    first = "cpu: preset nano, batch 4, 2 steps; --preset, --batch and --steps change it\n"
+    assert said.startswith(first) and said.count("change it") == 1
+    last = f'the model is in {run}/checkpoint; next: python sample.py "YOUR PROMPT" --from {run}\n'
+    assert said.endswith(f"\n{last}")
+    assert "validating: " in bars and "drawing samples: " in bars
+    assert "change it" not in said_by(run, "--steps 3 --resume").out
+    said, _ = said_by(tmp_path / "more", f"--steps 1 --from {run}")
+    assert f"cpu: {run}, batch 4, 1 steps; --batch and --steps change it\n" in said
 
 
 @pytest.mark.slow

@@ -254,13 +254,16 @@ def test_an_evaluation_says_which_checkpoint_and_writes_beside_runs_only(
     """Scores of a checkpoint outside of a run go to runs/, not beside it (READING B4)."""
     monkeypatch.chdir(tmp_path)
     config = replace(SMALL, text_dim=16)
-    metadata = {"text_encoder": encoder_name, "history": []}
+    event = {"train": "/my clips", "steps": 1, "captions": "detailed", "tune": "all", "seed": 0}
+    metadata = {"text_encoder": encoder_name, "history": [event]}
     model = random_model(config)
     save_checkpoint(tmp_path / "weights", Checkpoint(model, model, {}, metadata, {}))
     proof = {"true clips": AnyScore(), "true clips of several actors": AnyScore()}
     monkeypatch.setattr(evaluate, "prove", lambda judge: proof)
     evaluate.main(["weights", "--count", "4", "--steps", "1", "--device", "cpu"])
     printed = capsys.readouterr().out
+    note = "note: weights was trained on /my clips, and the judge knows only the toy world\n"
+    assert printed.startswith(f"{note}the judge is tested on true clips")
     assert "weights (4 prompts per set" in printed and "written to runs/evaluation-weights.json" in printed
     assert all(f"\n| {name} |" in printed for name in evaluate.prompt_sets(4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "weights"]
