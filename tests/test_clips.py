@@ -931,6 +931,11 @@ def test_a_preview_has_names_and_captions_as_asked_for(tmp_path, capsys, monkeyp
         assert f"of {len(text.split()) + 1} words (median)" in capsys.readouterr().out
 
 
+def test_names_that_are_left_out_are_counted():
+    assert clips.name_some(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert clips.name_some(list("abcde")) == "a, b, c, d, e"
+
+
 def test_sizes_that_are_left_out_are_counted(capsys):
     entry = {"seconds": 1, "height": 9, "notes": []}
     entries = {f"{i}.gif": {**entry, "width": i} for i in range(10)}
