@@ -24,6 +24,7 @@ Left out: logging levels, configuration files, environment switches other than M
 
 import codecs
 import contextlib
+import ctypes
 import os
 import sys
 import tempfile
@@ -34,6 +35,7 @@ import torch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.25  # of a GPU's memory that a data set may take; the model needs the rest
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
 WARMUP_CALLS = 3  # of a step before it is recorded: libraries allocate and tune at first calls
 
 
@@ -73,6 +75,16 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, precision: torch.dtype | None):
     """The context in which a model runs: matrix products in `precision`; None: everything in float32."""
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that this process frees. By default it goes back to the system at the end of
+    a training step and is asked for again in the next one, page by page: up to 9,000 page faults in a step of
+    `tiny` on a CPU, which then takes 2 to 7 % longer. Other C libraries stay as they are."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never give back the end of the heap
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows for a block of the heap
 
 
 def card(device: torch.device) -> tuple[str, int] | None:

@@ -39,7 +39,7 @@ from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, count_flops, set_attention
 from flow import VALIDATED, flow_loss
 from grow import grow_state
-from machine import RowStore, autocast, card, fits, pick_device, pick_precision
+from machine import RowStore, autocast, card, fits, keep_freed_memory, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
@@ -230,6 +230,8 @@ def set_up(args, prompts_class=Prompts) -> Training:
     """Everything for a run, from the options of train.py. Fills in args.batch if it is None. Raises
     ValueError or OSError in one line."""
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     start = starting_point(args)
     metadata = start.metadata if start else {**DEFAULTS, "text_encoder": located(args.text or "minilm")}
     history = metadata["history"]

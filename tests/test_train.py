@@ -7,7 +7,10 @@ taken, so both betas act; the first steps of the EMA are given as numbers.
 import copy
 import json
 import math
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -851,3 +854,27 @@ def test_what_to_expect_is_said_of_the_reference_alone(options, capsys):
     say_what_to_expect(args)
     said = "expect a validation loss" in capsys.readouterr().out
     assert said == (options in ("", "--seed 3 --keep"))
+
+
+FREED_MEMORY = """
+import resource, sys, torch, machine
+if sys.argv[1:]:
+    machine.keep_freed_memory()
+for i in range(9):
+    small = [torch.ones(2**17 + i) for _ in range(200)]  # of half a megabyte
+    large = [torch.ones(2**21) for _ in range(20)]  # of 8 megabytes
+    del large, small
+    if i == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_freed_memory_is_kept():
+    """What was freed is used again without asking the system for each of its pages."""
+    faults = []
+    for option in ([], ["keep"]):
+        done = subprocess.run([sys.executable, "-c", FREED_MEMORY, *option], capture_output=True, text=True)
+        faults.append(int(done.stdout))
+    assert faults[0] > 100_000 and faults[1] < 1_000, faults
