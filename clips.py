@@ -53,15 +53,7 @@ from machine import cache_dir, decode_text
 from video import FPS, is_marked, save_grid
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-TEXTS = (
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".srt",
-    ".vtt",
-)  # endings of what may be meant as captions
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".srt", ".vtt")  # what may be meant as captions
 RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
 CLIPS_VERSION = 2  # of decoded pixels: add one when decode.py makes other pixels of the same file
 VALIDATION = 0.1  # share of the files that is held out
