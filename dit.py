@@ -48,14 +48,12 @@ Left out, compared with Open-Sora's STDiT, Latte or Wan: the VAE, separate spati
 (full attention is affordable here), adaLN-single, dropout, and any registry or base class.
 """
 
-import functools
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from attention import attention
 
@@ -360,9 +358,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             inputs = x, c, rope, text, text_mask, llm, llm_mask
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, *inputs, use_reentrant=False
-                )  # (B, N, D); keeps x, computes the rest again
+                x = checkpoint(block, *inputs, use_reentrant=False)  # keeps x, computes the rest again
             else:
                 x = block(*inputs)  # (B, N, D)
         shift, scale = self.final_adaln(c).unsqueeze(1).chunk(2, -1)  # 2 x (B, 1, D)
@@ -389,48 +385,3 @@ def unpatchify(x, config, grid):
     x = x.unflatten(-1, (3, pt, ps, ps)).unflatten(1, grid)  # (B, t, h, w, C, pt, ps, ps)
     x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # (B, C, t, pt, h, ps, w, ps)
     return x.reshape(x.shape[0], 3, t * pt, h * ps, w * ps)
-
-
-def count_flops(model: DiT, lengths, backward: bool = True) -> int:
-    """Floating-point operations on one training clip with prompts of `lengths` tokens (one length per text
-    encoder): of a forward pass, and with `backward` of a training step. torch counts two per multiplication
-    in matrix products and attention, nothing else, on tensors without data. Frozen weights need no
-    gradient."""
-    trained = tuple(parameter.requires_grad for parameter in model.parameters())
-    return flops_of(model.config, tuple(lengths), trained, backward)
-
-
-@functools.cache  # a count takes half a second
-def flops_of(config: DiTConfig, lengths: tuple[int, ...], trained: tuple[bool, ...], backward: bool) -> int:
-    """`count_flops` of a model of `config`; `trained` says of each parameter whether it needs a gradient."""
-    with torch.device("meta"):
-        ghost = DiT(config)
-        x = torch.empty(1, 3, config.frames, config.size, config.size)
-        prompt = []
-        for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
-            prompt += [torch.empty(1, length, dim), torch.ones(1, length, dtype=torch.bool)]
-        t = torch.empty(1)
-    for parameter, needs_gradient in zip(ghost.parameters(), trained, strict=True):
-        parameter.requires_grad_(needs_gradient)
-    with FlopCounterMode(display=False) as counter:
-        loss = ghost(x, t, *prompt).sum()
-        if backward:
-            loss.backward()
-    return counter.get_total_flops()
-
-
-def main():
-    """Print the presets: `python dit.py`."""
-    print("preset  parameters  tokens  GFLOPs per clip, forward")
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            model = DiT(config)
-        parameters = sum(p.numel() for p in model.parameters())
-        flops = count_flops(model, [16], backward=False)
-        print(f"{name:6}  {parameters / 1e6:8.1f} M  {config.tokens():6}  {flops / 1e9:7.2f}  {config}")
-
-
-if __name__ == "__main__":
-    from machine import run_command
-
-    run_command(main)

@@ -10,7 +10,8 @@ random models without a zero weight.
 
 import torch
 
-from dit import DiT, count_flops
+from cost import count_flops
+from dit import DiT
 
 
 @torch.no_grad()

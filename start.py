@@ -13,10 +13,6 @@ A base comes with the weights as trained, their EMA and the optimizer state; gro
 If the base learned from other data of the toy world, the loss on those is watched too: what is forgotten.
 Frozen weights are set to their EMA values, because they will no longer be averaged.
 
-**Memory of a GPU** (`memory_needed`, docs/gpu.md) is an estimate. A trained parameter takes 20 bytes: weight,
-gradient, two moments and EMA, in float32. What the forward pass keeps for the backward pass is counted by
-autograd's hooks on tensors without data, for a model that is not compiled. A compiled one keeps a tenth less.
-
 Left out: several data sets at once, mixtures other than `both`.
 """
 
@@ -29,17 +25,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 import parallel
 from align import align
 from clips import FolderDataset, scan
+from cost import count_flops, memory_needed
 from data import PROMPTS, SETS, ToyDataset
-from dit import PRESETS, DiT, count_flops, set_attention
-from flow import VALIDATED, flow_loss
+from dit import PRESETS, DiT, set_attention
 from grow import grow_state
-from machine import RowStore, autocast, card, fits, keep_freed_memory, pick_device, pick_precision
+from machine import RowStore, card, fits, keep_freed_memory, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
@@ -333,54 +327,6 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         metadata=start.metadata,
         trainer_state=state,
     )
-
-
-def held_bytes(model: DiT, batch: int, lengths, precision, recompute: bool) -> int:
-    """Bytes that a forward pass on `batch` clips holds until the backward pass: inputs and saved tensors, but
-    not the parameters. lengths: tokens of the prompts, for each encoder; recompute: blocks are computed again
-    in the backward pass. Attention is torch's fused one."""
-    config = model.config
-    held = []
-
-    def hold(tensor):
-        held.append(tensor.untyped_storage())
-        return tensor
-
-    with FakeTensorMode():  # on a CPU that is not there, which has autocast, unlike device "meta"
-        ghost = DiT(config)
-        ghost.checkpoint_activations = recompute
-        set_attention(ghost, "sdpa")
-        for mine, other in zip(ghost.parameters(), model.parameters(), strict=True):
-            mine.requires_grad_(other.requires_grad)
-        x = torch.empty(2, batch, 3, config.frames, config.size, config.size)  # clips and noise
-        t = torch.empty(batch)
-        prompt = []
-        for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
-            prompt += [torch.empty(batch, length, dim), torch.ones(batch, length, dtype=torch.bool)]
-        for tensor in (x, t, *prompt):
-            hold(tensor)
-        with saved_tensors_hooks(hold, lambda kept: kept), autocast(t.device, precision):
-            flow_loss(ghost, x[0], t, x[1], prompt)
-        sizes = {storage._cdata: storage.nbytes() for storage in held}
-        for parameter in ghost.parameters():
-            sizes.pop(parameter.untyped_storage()._cdata, None)
-    return sum(sizes.values())
-
-
-def memory_needed(model: DiT, batch: int, lengths, precision, resident=0, shards=1) -> int:
-    """About how many bytes of a GPU the training of `model` takes with `batch` clips at once. resident: of
-    clips and features that lie there; shards: processes that share the state. Other arguments as for
-    `held_bytes`."""
-    config, recompute = model.config, model.checkpoint_activations
-    state = sum(p.nbytes * (5 if p.requires_grad else 2) for p in model.parameters())
-    held = held_bytes(model, batch, lengths, precision, recompute)
-    if recompute:  # the inside of the block that is computed again
-        held += (held_bytes(model, batch, lengths, precision, False) - held) // config.depth
-    # A recorded step keeps its memory, so validation needs more: x in float32 and, in 16 bits, its norm and
-    # the hidden channels before and after the GELU.
-    per_channel = 4 + 2 + 4 * config.mlp_ratio
-    validation = VALIDATED * config.tokens() * config.width * per_channel
-    return state // shards + held + validation + resident
 
 
 def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -> int:

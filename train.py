@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a text-to-video model on the toy world or on your clips, or grow a trained one."
     )
     add = parser.add_argument_group("what to train").add_argument
-    add("--preset", default="tiny", choices=PRESETS, help="size of a new model, see `python dit.py` (tiny)")
+    add("--preset", default="tiny", choices=PRESETS, help="size of a new model, see `python cost.py` (tiny)")
     add("--frames", type=int, help="frames of a clip (as the preset or the base)")
     add("--size", type=int, help="pixels per side of a clip (as the preset or the base)")
     add("--depth", type=int, help="blocks of a new model (as the preset)")

@@ -5,7 +5,7 @@ hits all of them. The ratio of two neighbours is taken each time, and its median
 first turn, in which memory is allocated and graphs are compiled, does not count.
 
 **The floor.** A transformer is matrix products. The speed of the machine at large square ones in the same
-precision bounds what a step can reach: its FLOPs (`dit.count_flops`) over that peak. The share of the peak
+precision bounds what a step can reach: its FLOPs (`cost.count_flops`) over that peak. The share of the peak
 says how much of the time goes elsewhere: to memory, norms, the optimizer.
 
 **Peers** are two video transformers of `diffusers`, if that is installed: Wan's (full attention, one kind of
@@ -32,8 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from attention import attention
+from cost import count_flops
 from data import ToyDataset
-from dit import PRESETS, DiT, DiTConfig, count_flops
+from dit import PRESETS, DiT, DiTConfig
 from flow import flow_loss
 from lab.evaluate import evaluate
 from lab.reader import get_reader

@@ -3,7 +3,7 @@
 A small model learns fast per FLOP at first, and a large one reaches a lower loss in the end. Growing can beat
 never growing only where the small model's loss falls more slowly per FLOP than the grown one's would (Staged
 Training, arXiv 2203.06211). So the answer depends on the budget. Here every arm is trained with several
-budgets, which count training FLOPs (forward and backward, `dit.count_flops`), those of the base included:
+budgets, which count training FLOPs (forward and backward, `cost.count_flops`), those of the base included:
 
     never grown             4 blocks (preset nano)
     large from scratch      8 blocks; and once more with the FLOPs that *doubled at 50 %* spends after growth
@@ -49,7 +49,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dit import PRESETS, DiT, count_flops
+from cost import count_flops
+from dit import PRESETS, DiT
 from flow import T_BINS, loss_by_timestep, validation_batches
 from lab.study import find_revision, machine_name
 from lab.tables import markdown_table

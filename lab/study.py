@@ -25,7 +25,7 @@ to continue?
 with short and detailed captions, by dense continuation, LoRA and expansion, with and without an LLM, all with
 the same FLOPs and a decay at the end. Part rates finds the learning rate of each kind first, on one seed.
 
-**FLOPs** are those of a training step, forward and backward (`dit.count_flops`), without the frozen text
+**FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
 encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
 not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
 learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the

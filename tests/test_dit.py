@@ -1,10 +1,9 @@
-"""The network: its parts against formulas written out here, its types, its FLOPs, and what it refuses.
+"""The network: its parts against formulas written out here, its types, what it refuses.
 
 What the network promises as a whole (every input matters, padding is invisible, a new model predicts grey)
 is in test_all.py.
 """
 
-import copy
 import math
 import subprocess
 import sys
@@ -286,80 +285,8 @@ def test_impossible_configs_are_refused(wrong, message):
         replace(SMALL, **wrong)
 
 
-def test_every_preset_is_printed(capsys):
-    dit.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["preset", *dit.PRESETS]
-    assert lines[2].split()[3] == "128"  # tiny: 2 x 8 x 8 tokens
-    assert dit.PRESETS["tiny"].tokens() == 128
-
-
 def test_the_network_needs_neither_data_nor_transformers():
     code = "import sys, dit; print(*sorted({'transformers', 'data', 'train'} & set(sys.modules)))"
     here = Path(dit.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
-
-
-# --------------------------------------------------------------------------------------------------------
-# FLOPs
-
-
-def linear_maps(config, lengths):
-    """-> (tokens, channels in, channels out, whether it is in a block and may have an adapter) of every
-    linear map of the network, for one clip."""
-    N, D = config.tokens(), config.width
-    hidden = config.mlp_ratio * D
-    maps = [(N, config.patch_dim, D, False), (1, dit.TIME_DIM, D, False), (1, D, D, False)]
-    for length, dim in zip(lengths, (config.text_dim, config.llm_dim), strict=False):
-        maps += [(length, dim, D, False), (length, D, D, False)]
-    for _ in range(config.depth):
-        maps += [(1, D, 9 * D, False), (N, D, 3 * D, True), (N, D, D, True)]  # adaLN, self-attention
-        for i, length in enumerate(lengths):  # cross-attention; that to the LLM has an adaLN of its own
-            maps += [(N, D, D, True), (length, D, 2 * D, True), (N, D, D, True)]
-            maps += [(1, D, 3 * D, False)] * (i == 1)
-        maps += [(N, D, hidden, True), (N, hidden, D, True)]
-    return [*maps, (1, D, 2 * D, False), (N, D, config.patch_dim, False)]
-
-
-def forward_flops(config, lengths):
-    """Two for each multiplication, in linear maps with their adapters, in q k^T and in weights times v."""
-    N, D = config.tokens(), config.width
-    total = config.depth * 2 * 2 * N * N * D
-    for length in lengths:
-        total += config.depth * 2 * 2 * N * length * D
-    for tokens, width_in, width_out, adapted in linear_maps(config, lengths):
-        total += 2 * tokens * width_in * width_out
-        if adapted:
-            total += 2 * tokens * config.lora_rank * (width_in + width_out)
-    return total
-
-
-@pytest.mark.parametrize(
-    "config, lengths",
-    [
-        (SMALL, [5]),
-        (replace(SMALL, llm_dim=10, depth=2), [5, 7]),
-        (replace(SMALL, lora_rank=3), [5]),
-        (dit.PRESETS["nano"], [16]),
-    ],
-)
-def test_flops_against_formulas(config, lengths):
-    with torch.device("meta"):
-        model = DiT(config)
-    assert dit.count_flops(model, lengths, backward=False) == forward_flops(config, lengths)
-
-
-def test_flops_of_training():
-    """The backward pass costs twice the forward, without the gradients that nobody needs: those of inputs
-    and of frozen weights."""
-    N, D, hidden = SMALL.tokens(), SMALL.width, SMALL.width * SMALL.mlp_ratio
-    model = random_model()
-    inputs = 2 * (N * SMALL.patch_dim * D + 5 * SMALL.text_dim * D + dit.TIME_DIM * D)
-    whole = 3 * forward_flops(SMALL, [5]) - inputs
-    assert dit.count_flops(model, [5]) == whole
-    before = copy.deepcopy(model.state_dict())
-    for block in model.blocks[1:]:
-        block.mlp.requires_grad_(False)
-    assert dit.count_flops(model, [5]) == whole - 2 * (2 * N * 2 * D * hidden)
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())

@@ -326,7 +326,7 @@ def test_nobody_reads_what_is_printed(tmp_path):
     assert "note: what is printed is lost: No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["dit.py", "attention.py"])
+@pytest.mark.parametrize("script", ["cost.py", "attention.py"])
 def test_nobody_reads_what_a_chapter_prints(script):
     line = f"{sys.executable} {HERE / script} | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)

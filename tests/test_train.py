@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cost
 import machine
 import start
 import train
@@ -36,8 +37,7 @@ from conftest import (
     train_without_pictures,
     weights_of,
 )
-from dit import PRESETS, DiT, count_flops, set_attention
-from flow import flow_loss
+from dit import PRESETS, DiT
 from grow import grow_state, merge_lora
 from machine import GraphedStep, RowStore
 from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
@@ -363,71 +363,6 @@ def test_a_device_that_is_not_here_is_refused():
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def bytes_by_hand(model, batch, lengths, precision):
-    """What a real forward pass holds: all distinct memory that autograd saves, but the weights."""
-    inputs = random_inputs(model.config, batch, lengths[0])
-    noise = torch.randn_like(inputs[0])
-    prompt = [*inputs[2:]]
-    for length in lengths[1:]:
-        prompt += [torch.randn(batch, length, model.config.llm_dim), torch.ones(batch, length).bool()]
-    saved = [inputs[0], noise, inputs[1], *prompt]
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    set_attention(model, "sdpa")
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, machine.autocast(torch.device("cpu"), precision):
-        flow_loss(model, inputs[0], inputs[1], noise, prompt)
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-    return sum(size for place, size in places.items() if place not in weights)
-
-
-@pytest.mark.parametrize("precision", [torch.bfloat16, None])
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("llm_dim, frozen", [(0, False), (10, True)])
-def test_bytes_held_are_those_of_a_real_forward_pass(precision, again, llm_dim, frozen):
-    model = DiT(replace(SMALL, llm_dim=llm_dim))
-    model.checkpoint_activations = again
-    if frozen:
-        model.blocks[0].requires_grad_(False)
-    lengths = [5, 7] if llm_dim else [5]
-    expected = bytes_by_hand(model, 3, lengths, precision)
-    assert start.held_bytes(model, 3, lengths, precision, again) == expected
-
-
-@pytest.mark.parametrize("preset, batch, measured", [("small", 32, 17.8), ("base", 16, 19.5)])
-def test_memory_is_about_what_was_measured(preset, batch, measured):
-    """GiB on an H200, compiled, without EMA and validation (`python -m lab.bench train`)."""
-    with torch.device("meta"):
-        model = DiT(PRESETS[preset])
-    state = 16 * sum(parameter.numel() for parameter in model.parameters())
-    estimate = state + start.held_bytes(model, batch, [32], torch.bfloat16, recompute=False)
-    assert estimate / 2**30 == pytest.approx(measured, rel=0.2)
-
-
-def test_memory_of_state_and_of_blocks_computed_again():
-    """20 bytes for a trained parameter, 8 for a frozen one; of blocks computed again one is held inside."""
-
-    def needed(model, **options):
-        return start.memory_needed(model, 2, [5], None, **options)
-
-    model = DiT(SMALL)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    state = needed(model) - needed(model, shards=20 * total)
-    assert state == 20 * total - 1
-    assert needed(model, resident=1000) == needed(model) + 1000
-    frozen = DiT(SMALL).requires_grad_(False)
-    assert needed(frozen) - needed(frozen, shards=8 * total) == 8 * total - 1
-    model.checkpoint_activations = True
-    outside, inside = (start.held_bytes(model, 2, [5], None, again) for again in (True, False))
-    again = needed(model)
-    model.checkpoint_activations = False
-    assert needed(model) - again == pytest.approx((inside - outside) * 2 / 3, abs=1)  # of 3 blocks
-
-
 CPU = torch.device("cpu")
 
 
@@ -461,7 +396,7 @@ def test_a_batch_suits_the_card(preset, batches, monkeypatch):
     for gib, batch in zip((8, 16, 24, 80), batches, strict=True):
         assert batch_for(gib, preset, monkeypatch) == batch
         model, resident = fake_card(gib, preset, monkeypatch)
-        needed = start.memory_needed(model, batch, [32], torch.bfloat16, resident) / 2**30
+        needed = cost.memory_needed(model, batch, [32], torch.bfloat16, resident) / 2**30
         lie_there = "yes" if resident else "no"
         assert f"| {gib} GiB | `{preset}` | {batch} | {needed:.1f} GiB | {lie_there} |" in table
 
@@ -763,7 +698,7 @@ def test_growth_is_recorded_and_what_is_forgotten_is_watched(tmp_path, encoder_n
     first, *_, last = (line for line in numbers(run) if "val_loss" in line)
     assert first["flops"] == old_flops and last["flops"] == metadata["flops"]
     (features,) = Prompts(load_captions(), metadata, 0).features
-    assert metadata["flops"] - old_flops <= 4 * 4 * count_flops(model, [features.max_length])
+    assert metadata["flops"] - old_flops <= 4 * 4 * cost.count_flops(model, [features.max_length])
     # Growth is function-preserving: the run starts with the loss with which the base ended.
     assert first["old_val_loss"] == pytest.approx(numbers(base)[-1]["val_loss"], rel=1e-4)
     assert all("old_val_loss" not in line for line in numbers(base))
