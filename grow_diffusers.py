@@ -84,9 +84,7 @@ class BlockList(NamedTuple):
     parts: tuple[str, ...]  # all modules and parameters that a block may have
     proj: tuple[str, ...] = ()  # output projections, one per branch
     gate: tuple[str, ...] = ()  # linear maps that produce gates
-    pieces: int = (
-        6  # in the output of such a map: shift, scale, gate, shift, scale, gate; piece 2, 5, ... gates
-    )
+    pieces: int = 6  # of the output of such a map: shift, scale, gate, shift, ...; piece 2, 5, ... gates
 
 
 TABLE_PARTS = ("norm1", "attn1", "norm2", "attn2", "norm3", "ff", "scale_shift_table")
