@@ -24,9 +24,8 @@ Left out: light, perspective, texture, and occlusion other than by order. Real c
 needs none.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -69,17 +68,6 @@ class Scene:
     seed: int
     relation: str = ""
     camera: str = "still"
-
-    def to_json(self) -> str:
-        """-> one line of JSON that `from_json` turns back into an equal scene."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(line: str) -> "Scene":
-        """One line of `to_json` -> the scene."""
-        fields = json.loads(line)
-        actors = tuple(Actor(**actor) for actor in fields.pop("actors"))
-        return Scene(actors, **fields)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ moves, and what is held out from training, is in test_all.py.
 """
 
 import hashlib
+import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -73,14 +75,11 @@ def test_a_polygon_is_the_same_whichever_way_round():
 
 
 @pytest.mark.parametrize("which", ["basic", "rich"])
-def test_scenes_are_deterministic_and_survive_json(which):
+def test_scenes_are_deterministic(which):
     scenes = data.make_scenes(which, 24, seed=3)
     assert scenes == data.make_scenes(which, 24, seed=3) != data.make_scenes(which, 24, seed=4)
-    back = [Scene.from_json(scene.to_json()) for scene in scenes]
-    assert back == scenes
     video = draw.render(scenes)
     assert video.shape == (24, 3, 8, 32, 32) and video.dtype == torch.uint8
-    assert torch.equal(video, draw.render(back))
     alone = torch.cat([draw.render([scene]) for scene in scenes])
     assert torch.equal(video, alone), "a clip depends on its batch"
 
@@ -199,7 +198,7 @@ WORLD = {  # by WORLD_VERSION: digests of scenes and captions, and sums of pixel
 def test_the_version_changes_with_scenes():
     lines = []
     for which, pairs in (("basic", "train"), ("rich", "train"), ("basic", "held_out"), ("both", "all")):
-        lines.extend(scene.to_json() for scene in data.make_scenes(which, 300, 7, pairs))
+        lines.extend(json.dumps(asdict(scene)) for scene in data.make_scenes(which, 300, 7, pairs))
     assert digest(lines) == WORLD[draw.WORLD_VERSION]["scenes"], "increase WORLD_VERSION"
 
 
