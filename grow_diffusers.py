@@ -470,17 +470,11 @@ def check_alive(source: Source, rule: BlockList, block: dict[str, str], zero: st
     """Raise ValueError if a branch of a block would have zero gates and zero projections: it could never
     learn."""
     for module in rule.gate if zero == "proj" else rule.proj:
-        factors = []
-        for inner in (f"{module}.weight", f"{module}.bias"):
-            if inner in block:
-                tensor = read_tensor(source, block[inner])
-                factors += list(gate_rows(tensor, rule.pieces)) if zero == "proj" else [tensor]
-        half = len(factors) // 2
-        if f"{module}.bias" in block:  # a factor is zero if its weight and its bias are
-            alive = [bool(a.any() or b.any()) for a, b in zip(factors[:half], factors[half:], strict=True)]
-        else:
-            alive = [bool(factor.any()) for factor in factors]
-        if not all(alive):
+        names = [f"{module}.{kind}" for kind in ("weight", "bias") if f"{module}.{kind}" in block]
+        tensors = [read_tensor(source, block[name]) for name in names]
+        factors = [gate_rows(tensor, rule.pieces) if zero == "proj" else [tensor] for tensor in tensors]
+        # a factor is zero if its weight and its bias are
+        if not all(any(part.any() for part in parts) for parts in zip(*factors, strict=True)):
             other = "gates" if zero == "proj" else "projections"
             name = block[f"{module}.weight"].removesuffix(".weight")
             raise ValueError(

@@ -90,12 +90,10 @@ def ltx_inputs(c, draw):
 
 def cogvideox_inputs(c, draw):
     """CogVideoX, with rotary positions or a table of them."""
-    size = 4 * c.patch_size
-    frames = 2 * (c.patch_size_t or 1)
+    frames, height, width = 2 * (c.patch_size_t or 1), 4 * c.patch_size, 4 * c.patch_size
     if not c.use_rotary_positional_embeddings:  # the table of positions has one size
         frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
-    height = c.sample_height if not c.use_rotary_positional_embeddings else size
-    width = c.sample_width if not c.use_rotary_positional_embeddings else size
+        height, width = c.sample_height, c.sample_width
     inputs = {
         "hidden_states": draw(1, frames, c.in_channels, height, width),
         "encoder_hidden_states": draw(1, c.max_text_seq_length, c.text_embed_dim),
@@ -407,9 +405,9 @@ def main_type(folder: Path) -> torch.dtype:
     return DTYPES[max(sizes, key=sizes.get)]
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None):
-    """A folder -> the diffusers model in eval mode. `dtype` None takes the type of most bytes. Raises
-    ValueError if diffusers is not installed.
+def load(folder: Path | str):
+    """A folder -> the diffusers model in eval mode, in the type of most bytes. Raises ValueError if diffusers
+    is not installed.
 
     The tensors are cloned, which aligns them. As `from_pretrained` gives them, they begin where the header of
     the file ends. On a CPU in float32, a product with one row, such as the time embedding of a batch of one,
@@ -419,8 +417,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None):
     except ImportError:
         raise ValueError("a check needs diffusers: pip install diffusers") from None
     name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
-    dtype = dtype or main_type(Path(folder))
-    model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype).eval()
+    model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=main_type(Path(folder))).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
@@ -442,11 +439,11 @@ def outputs_of(model, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def largest_difference(base, grown, dtype: torch.dtype | None = None) -> tuple[float, float]:
+def largest_difference(base, grown) -> tuple[float, float]:
     """Two folders -> the largest |grown - base| and |base| over all outputs, on random inputs."""
     outputs = []
     for folder in (base, grown):
-        model = load(folder, dtype)
+        model = load(folder)
         outputs.append(outputs_of(model).float())
         del model  # before the other one is loaded
     return (outputs[1] - outputs[0]).abs().max().item(), outputs[0].abs().max().item()

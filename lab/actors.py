@@ -93,7 +93,7 @@ def main(argv=None):
     if args.count < 1:
         raise ValueError("--count must be at least 1")
     runs = [Path(run) for run in args.runs]
-    reader = get_reader(device=pick_device(args.device)).to(pick_device(args.device))
+    reader = get_reader(device=pick_device(args.device))
     file = Path(args.results) / "actors" / f"{runs[-1].name}.json"
     print(actors_table(score_runs(runs, file, reader, args.count, args.device)))
     print(f"written to {file}")

@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
-# The evidence that needs a GPU, the most valuable first: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]
+# The evidence that needs a GPU, the most valuable first:
+#
+#     bash lab/on_gpu.sh OUT [--minutes 9] [--table] [--quick]
 #
 #   pretrained   the model that comes along: `tiny` learns both sets of the toy world on small clips, where a step
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
 #                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
 #   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
+#                (the table with --table: put the best rates into lab/study.py first)
 #   scale        the window of growth: budgets of 1, 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
-# in OUT (lab/parcel.py); `python -m lab.study --take OUT` puts it into its places. With --quick everything
-# runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
+# in OUT (lab/parcel.py), also if it is stopped; `python -m lab.study --take OUT` puts it into its places. With
+# --quick everything runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
 set -euo pipefail
-out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]}
-minutes=9 quick=
+trap 'exit 130' INT TERM # a training that is stopped saves and ends well: nothing may continue from it
+out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--table] [--quick]}
+minutes=9 table= quick=
 shift
 while (($#)); do
     case $1 in
     --minutes) minutes=$2 && shift ;;
-    --quick) quick=yes ;;
+    --table) table=yes ;;
+    --quick) quick=yes table=yes ;;
     *) echo "error: no option is called $1" >&2 && exit 2 ;;
     esac
     shift
@@ -50,25 +55,34 @@ run() { # trains the run $1 with options $2, or what is left of it
     fi
 }
 
+pack() { # leaves in OUT what is there so far
+    local trained=()
+    [[ -d $runs/pretrained/checkpoint ]] && trained=($runs/pretrained-base $runs/pretrained)
+    python -m lab.parcel $out ${trained[@]+"${trained[@]}"} --results $results
+}
+trap pack EXIT
+
 if [[ ! -f $results/actors/pretrained.json ]]; then
     if [[ ! -d $runs/pretrained ]]; then
         run pretrained-base "$base"
-        [[ -d $runs/larger ]] || python grow.py $runs/pretrained-base $larger --out $runs/larger
+        if [[ ! -d $runs/larger/checkpoint ]]; then
+            rm -rf $runs/larger
+            python grow.py $runs/pretrained-base $larger --out $runs/larger
+        fi
     fi
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
+    rm -f $results/pretrained/evaluation.json # of the model before
     run pretrained "$grown $long --from $runs/larger"
-    python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
-    mkdir -p $results/pretrained
+    pack
+    mkdir -p $results/pretrained $results/actors
     python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json
-    python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $results
-    python -m lab.parcel $out $runs/pretrained-base $runs/pretrained --results $results
+    python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $runs
+    mv $runs/actors/pretrained.json $results/actors/ # with all its points
 fi
-rest=()
-[[ -d $runs/pretrained ]] && rest=($runs/pretrained-base $runs/pretrained)
 parts=("rates --seeds 0" scale)
-# The table waits for the next call: the best rates are put into lab/study.py by hand before.
-[[ $quick || -d $results/rates ]] && parts=("rates --seeds 0" table scale)
+[[ $table ]] && parts=("rates --seeds 0" table scale)
 for part in "${parts[@]}"; do
+    pack
     (($(left 60) > 0)) || break
     for_minutes="--minutes $(in_minutes $(left 60)) --runs $runs/study"
     if [[ $part == scale ]]; then
@@ -76,5 +90,4 @@ for part in "${parts[@]}"; do
     else
         python -m lab.study $study $for_minutes --parts $part --results $results
     fi
-    python -m lab.parcel $out "${rest[@]}" --results $results
 done

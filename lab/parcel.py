@@ -46,6 +46,8 @@ def take(out: Path, home: Path = HOME) -> list[Path]:
     there is no parcel."""
     if not (out / "results.tar.gz").is_file():
         raise FileNotFoundError(f"{out} has no results.tar.gz: lab/on_gpu.sh writes one")
+    if (out / "model.safetensors").is_file():  # the scores are those of the model before
+        (home / "results" / "pretrained" / "evaluation.json").unlink(missing_ok=True)
     with tarfile.open(out / "results.tar.gz") as tar:
         tar.extractall(home / "results", filter="data")  # nothing outside of the folder, no links, no devices
         written = [home / "results" / name for name in tar.getnames()]

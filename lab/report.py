@@ -1,4 +1,5 @@
-"""The report of the study: tables, pictures and verdicts from the JSON files of its runs, and nothing else.
+"""The report of the study: tables, pictures and verdicts from the JSON files of its runs. One paragraph, on
+designs that were removed, stands in this file.
 
 `write_report` writes results/README.md and the pictures beside it. The same JSON files give the same bytes.
 Spread is the standard deviation over seeds.
@@ -63,14 +64,15 @@ LOSSES = (
     "Loss on held-out clips, `rich` with detailed and `basic` with short captions: when the budget is spent,"
     " and after equally many steps since the base (or the start). The spike is the mean training loss over"
     " the first 50 steps, less that of *continued* on the same clips, captions and noise. An arm has mixed at"
-    " the step from which its training loss stays below that of *continued* for 100 steps (for each seed)."
+    " the first step from which its training loss, averaged over the next 100 steps, is below that of"
+    " *continued* (for each seed)."
 )
 TIMING = (
     "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
     " times fewer).** The table has the loss on `rich` when the budget is spent. It also says how many times"
-    " fewer FLOPs, those of the small model included, were enough for the final loss of *large from scratch*."
-    " The curve of a grown model begins at its growth. *never grown* is the small model, for the whole"
-    " budget:"
+    " fewer FLOPs an arm needed to reach the final loss of *large from scratch*. The FLOPs of the small model"
+    " count. The curve of a grown model begins at its growth, so growth at 80 % cannot show more than 1.25:"
+    " that loss was reached before. *never grown* is the small model, for the whole budget:"
 )
 LONGER = (
     "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
@@ -175,7 +177,7 @@ def growth_section(found, starts, results: Path) -> list[str]:
     text += ["![Loss over FLOPs](loss.png)", "![Learned and forgotten](forgetting.png)"]
     if (results / "gallery.gif").is_file():
         text.append("![Base, LoRA, expansion, expansion with an LLM](gallery.gif)")
-    return text
+    return [*text, provenance(found)]
 
 
 def growth_scores(found) -> list[str]:
@@ -189,21 +191,37 @@ def timing_section(found, targets, results: Path) -> list[str]:
     """When to grow. targets: {seed: result} of *large from scratch*."""
     plot_timing(found, targets, results / "timing.png")
     with_large = found | {"large from scratch": targets}
-    return [TIMING, timing_table(with_large, "large from scratch"), "![When to grow](timing.png)"]
+    text = [TIMING, timing_table(with_large, "large from scratch"), "![When to grow](timing.png)"]
+    return [*text, provenance(found)]
 
 
 def longer_section(found, results: Path) -> list[str]:
     """Growing or not, with four times the budget."""
     plot_losses(found, results / "longer.png")
-    return [LONGER, timing_table(found, "never grown"), "![Longer](longer.png)"]
+    return [LONGER, timing_table(found, "never grown"), "![Longer](longer.png)", provenance(found)]
 
 
 def rates_section(found) -> list[str]:
     """The last loss of each kind of further training, by learning rate."""
     rows = []
     for arm, by_seed in found.items():
-        rows.append([arm, spread([measure(result, "last") for result in by_seed.values()], 4)])
-    return ["## Learning rates", markdown_table(["kind, rate at width 128", "loss on rich"], rows)]
+        if arm != "base":  # it learns other clips
+            rows.append([arm, spread([measure(result, "last") for result in by_seed.values()], 4)])
+    table = markdown_table(["kind, rate at width 128", "loss on rich"], rows)
+    return ["## Learning rates", table, provenance(found)]
+
+
+def table_section(found) -> list[str]:
+    """The paper's table."""
+    scores = score_tables(found, "dense continuation")
+    return ["## The paper's table", *claims(found), *scores, provenance(found)]
+
+
+def language_section(found) -> list[str]:
+    """Does a language model help?"""
+    scores = score_tables(found, "base encoder")
+    text = ["## Language", *claims(found), *scores, provenance(found)]
+    return [*text, "## Negative results of designs that were removed", NEGATIVE]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -213,9 +231,9 @@ SCALE = (
     "The loss on `rich` of models that were trained, grown or not, with several budgets (lab/scale.py). A"
     " budget counts the FLOPs of training, those of the base included. In its last fifth the learning rate"
     " decays to zero. *Lower by* is a difference of final losses within each seed, with the verdict by the"
-    " rule above (holds: the arm is better). *Times fewer FLOPs* says how many times its FLOPs another arm"
-    " needs for the same loss, by the power law between two budgets, and in brackets the same if the base is"
-    " there already and its FLOPs are not counted. *Mixes at* is the step after growth from which the loss is"
+    " rule above (holds: the arm is better). *Times fewer FLOPs*: for the same loss the other arm needs this"
+    " many times more. Between two budgets a power law is assumed. In brackets is the same ratio if the base"
+    " exists already and costs nothing. *Mixes at* is the step after growth from which the loss is"
     " lower than that of *never grown* at equal FLOPs, for each seed. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
@@ -310,6 +328,7 @@ def scale_section(found, folder: Path) -> list[str]:
         if HALFWAY in arms and EXTRA in arms:
             same = f"If the base is there already, *{HALFWAY}* and *{EXTRA}* spend the same."
             text.append(f"{same} The first one's loss is lower by {lower_cell(arms, HALFWAY, EXTRA)}.")
+        text.append(provenance(arms))
     return text
 
 
@@ -361,7 +380,7 @@ def blocks_section(found, folder: Path) -> list[str]:
         text.append(
             f"After training the removal cost of a new block is higher with insert than with suffix: {gain}."
         )
-    return [*text, "![Blocks](blocks.png)"]
+    return [*text, "![Blocks](blocks.png)", provenance(found)]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -381,8 +400,14 @@ def actors_section(folder: Path) -> list[str]:
     for file in sorted((folder / "actors").glob("*.json")):
         result = json.loads(file.read_text())
         plot_actors(result, folder / f"actors-{file.stem}.png")
-        text += [f"## Complex prompts, and when they are learned: {file.stem}", actors_table(result)]
-        text += [f"![Accuracy over FLOPs](actors-{file.stem}.png)", provenance([result])]
+        first, point = result["arguments"][0], result["points"][-1]
+        text.append(f"## Complex prompts, and when they are learned: {file.stem}")
+        text.append(
+            f"The last point of the curve, `{point['checkpoint']}`, after {point['flops']:.2g} FLOPs: a model"
+            f" that began as preset {first['preset']}, seed {first['seed']}, {result['count']} prompts a set."
+        )
+        text += [actors_table(result), f"![Accuracy over FLOPs](actors-{file.stem}.png)"]
+        text.append(provenance({file.stem: {first["seed"]: result}}))
     return text
 
 
@@ -427,13 +452,14 @@ def read_blocks(folder: Path) -> dict:
     return found
 
 
-def provenance(results) -> str:
-    """The commits and machines that the numbers are from."""
+def provenance(found) -> str:
+    """The commits and machines that the numbers of a section are from. found: {arm: {seed: result}}."""
     sources = set()
-    for result in results:
-        revision = result["revision"]
-        changed = "+" if revision.endswith("+") else ""
-        sources.add(f"{revision[:10]}{changed} on {result['machine']}")
+    for by_seed in found.values():
+        for result in by_seed.values():
+            revision = result["revision"]
+            changed = "+" if revision.endswith("+") else ""
+            sources.add(f"{revision[:10]}{changed} on {result['machine']}")
     return f"Measured at {'; '.join(sorted(sources))}."
 
 
@@ -445,10 +471,11 @@ def heading(results, found, parts) -> list[str]:
         text.append(markdown_table(["claim", "verdict"], [[j.claim, j.verdict] for j in judged]))
     seeds = sorted({result["seed"] for result in results})
     spread_over = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
-    begun = [arms for part, arms in parts.items() if found[part]]
-    wanted = 3 * sum(not arm.startswith("_") for arms in begun for arm in arms)
-    if len(results) < wanted:
-        spread_over += f" Under way: {len(results)} of {wanted} runs are in."
+    begun = [part for part in parts if found[part] and part != "rates"]  # rates needs one seed
+    wanted = 3 * sum(not arm.startswith("_") for part in begun for arm in parts[part])
+    there = sum(len(by_seed) for part in begun for by_seed in found[part].values())
+    if there < wanted:
+        spread_over += f" Under way: {there} of {wanted} runs are in."
     return [*text, spread_over]
 
 
@@ -460,17 +487,13 @@ def write_report(folder: Path, parts) -> str:
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
     scale = read_scale(folder / "scale")
     blocks = read_blocks(folder / "blocks")
-    sources = [*results]
-    for arms in (blocks, *scale.values()):
-        for by_seed in arms.values():
-            sources += by_seed.values()
-    if not sources:
+    if not (results or scale or blocks):
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
     text = ["# Results", "Written by `python -m lab.study --report`."]
     if results:
         text += heading(results, found, parts)
     text.append(RULE)
-    growth, language = found["growth"], found["language"]
+    growth = found["growth"]
     if growth:
         starts = {arm: start for arm, (start, _) in parts["growth"].items()}
         text += growth_section(growth, starts, folder)
@@ -481,22 +504,19 @@ def write_report(folder: Path, parts) -> str:
     if found["rates"]:
         text += rates_section(found["rates"])
     if found["table"]:
-        text += ["## The paper's table", *claims(found["table"])]
-        text += score_tables(found["table"], "dense continuation")
+        text += table_section(found["table"])
     if scale:
         text += scale_section(scale, folder)
     if blocks:
         text += blocks_section(blocks, folder)
     text += actors_section(folder)
-    if language:
-        text += ["## Language", *claims(language), *score_tables(language, "base encoder")]
-        text += ["## Negative results of designs that were removed", NEGATIVE]
+    if found["language"]:
+        text += language_section(found["language"])
     reader = folder / "reader.json"
     if reader.is_file():
         text += ["## The reader", "What it reads of true clips:", score_table(json.loads(reader.read_text()))]
     if growth:
         text += growth_scores(growth)
-    text.append(provenance(sources))
     report = "\n\n".join(text) + "\n"
     (folder / "README.md").write_text(report)
     return report

@@ -63,7 +63,7 @@ from lab.parcel import take
 from lab.reader import Reader, get_reader
 from lab.report import LOSS_ONLY, write_report
 from lab.tables import score_table
-from machine import run_command
+from machine import pick_device, run_command
 from run import load_checkpoint, load_model
 from text_encoder import Prompts
 from train import parse_arguments, train
@@ -251,7 +251,7 @@ def find_revision() -> str:
 
 
 def arm_path(root: Path, part, arm, seed) -> Path:
-    """Where the run or the result of an arm is: without spaces, commas and the like."""
+    """Where the run of an arm is, or its result without .json: without spaces, commas and the like."""
     words = re.findall(r"[^ ,+%]+", arm)
     return root / part / f"{'-'.join(words)}-{seed}"
 
@@ -336,11 +336,16 @@ def train_arm(study: Study, part, arm, seed) -> Path:
     return run
 
 
+def result_file(study: Study, part, arm, seed) -> Path:
+    """Where the result of an arm is."""
+    path = arm_path(study.results, part, arm, seed)
+    return path.with_name(path.name + ".json")
+
+
 def run_arm(study: Study, part, arm, seed) -> dict:
     """Train and score an arm, unless its result is there -> what results/PART/ARM-SEED.json holds. Raises
     ValueError if the result there was made with other arguments."""
-    file = arm_path(study.results, part, arm, seed)
-    file = file.with_name(file.name + ".json")
+    file = result_file(study, part, arm, seed)
     arguments = arm_arguments(part, arm, seed, study.quick)
     if file.is_file():
         result = json.loads(file.read_text())
@@ -376,9 +381,8 @@ def write_gallery(study: Study, seed):
     noise, as on the paper's page. Nothing is written unless all these arms are there."""
     columns = []
     for arm in GALLERY:
-        result = arm_path(study.results, "growth", arm, seed)
         run = arm_path(study.runs, "growth", arm, seed)
-        if not result.with_name(result.name + ".json").is_file() or not (run / "checkpoint").is_dir():
+        if not result_file(study, "growth", arm, seed).is_file() or not (run / "checkpoint").is_dir():
             return
         model, metadata = load_model(run)
         prompts = Prompts(GALLERY_PROMPTS, metadata, model.config.llm_dim)
@@ -414,7 +418,7 @@ def make_parser():
 def run_study(study: Study, parts, arms, seeds, deadline=math.inf):
     """Train and score what is not there yet. arms: names, or None for all. After `deadline` (by
     time.monotonic) no arm is begun."""
-    if not study.quick:
+    if not study.quick and not set(parts) <= set(LOSS_ONLY):
         proof = prove(study.reader)
         print(score_table(proof))
         study.results.mkdir(parents=True, exist_ok=True)
@@ -424,7 +428,8 @@ def run_study(study: Study, parts, arms, seeds, deadline=math.inf):
             for arm in PARTS[part]:
                 if (arms is None or arm in arms) and time.monotonic() < deadline:
                     run_arm(study, part, arm, seed)
-    write_gallery(study, seeds[0])
+    if "growth" in parts:
+        write_gallery(study, 0)
 
 
 def main(argv=None):
@@ -442,7 +447,7 @@ def main(argv=None):
         print(file)
     if not (args.report or args.take):
         runs = Path(args.runs or quick or "runs/study")
-        reader = Reader().eval() if args.quick else get_reader()
+        reader = Reader().eval() if args.quick else get_reader(device=pick_device("auto"))
         study = Study(runs, results, reader, find_revision(), args.quick)
         run_study(study, args.parts, args.arms, args.seeds[:1] if args.quick else args.seeds, deadline)
     print(write_report(results, PARTS))

@@ -245,13 +245,16 @@ def equal_loss_ratio(found, budget, arm, other, seed) -> float | None:
 
 
 def crossing(found, arm, other, seed) -> float | None:
-    """From how many FLOPs on the final loss of an arm is lower than that of another one; 0 if it is from the
-    smallest budget on, None if it never is or a result is missing. Between two budgets the difference is
+    """From how many FLOPs on the final loss of an arm is lower than that of another one, by the budgets that
+    both have; 0 if it is from the smallest on, None if it never is. Between two budgets the difference is
     taken as straight over the logarithm of the FLOPs."""
-    mine, theirs = (final_losses(found, name, seed) for name in (arm, other))
-    if len(mine) != len(theirs) or not mine:
+    gaps = []
+    for arms in found.values():
+        if seed in arms.get(arm, {}) and seed in arms.get(other, {}):
+            mine, theirs = (loss_curve(arms[name][seed], "val_loss")[-1] for name in (arm, other))
+            gaps.append((math.log(mine[1]), mine[2] - theirs[2]))
+    if not gaps:
         return None
-    gaps = [(math.log(x), loss - lower) for (x, loss), (_, lower) in zip(mine, theirs, strict=True)]
     if gaps[0][1] < 0:
         return 0.0
     reached = first_reached(gaps, 0.0)

@@ -38,11 +38,14 @@ def test_a_parcel_is_put_into_its_places(parcelled, tmp_path):
     for folder in ("results", "pretrained", "assets"):
         (tmp_path / folder).mkdir()
     (tmp_path / "results" / "reader.json").write_text("stays")
+    (tmp_path / "results" / "pretrained").mkdir()
+    (tmp_path / "results" / "pretrained" / "evaluation.json").write_text("of the model before")
     written = parcel.take(out, tmp_path)
     assert all(file.is_file() for file in written)
     assert json.loads((tmp_path / "results" / "scale" / "arm-0.json").read_text()) == {"seed": 0}
     assert (tmp_path / "results" / "pretrained" / "grown-metrics.jsonl").is_file()
     assert (tmp_path / "results" / "reader.json").read_text() == "stays"
+    assert not (tmp_path / "results" / "pretrained" / "evaluation.json").exists()
     assert (tmp_path / "assets" / "samples.gif").read_text() == "step 2"
     (model, metadata), (home, metadata_home) = load_model(run), load_model(tmp_path / "pretrained")
     assert metadata == metadata_home and model.config == home.config
@@ -61,6 +64,26 @@ def test_nothing_else_is_taken(parcelled, tmp_path):
     with pytest.raises(tarfile.TarError):
         parcel.take(tmp_path, tmp_path / "home")
     assert not (tmp_path / "home" / "outside.json").exists()
+
+
+def test_on_gpu_continues_from_nothing_that_was_stopped(tmp_path):
+    """A training that is asked to stop ends well. Then nothing grows from it, and a parcel is packed."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+echo "$*" >> {tmp_path}/calls
+[[ $1 == -c ]] && echo 540
+[[ $1 == train.py ]] && kill -TERM $PPID
+exit 0
+"""
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    calls = [line.split()[:2] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["-c", "train.py", "-m"] and calls[-1][1] == "lab.parcel"
 
 
 @pytest.mark.slow

@@ -259,6 +259,8 @@ def test_crossing():
         }
     assert verdicts.crossing(found, "a", "b", 0) == pytest.approx(800)
     assert verdicts.crossing(found, "b", "a", 0) == 0
+    without = found | {64: {"a": {}, "b": found[64]["b"]}}  # a run that is not there yet
+    assert verdicts.crossing(without, "a", "b", 0) == pytest.approx(800)
     found[64]["a"][0]["curve"][-1]["val_loss"] = found[16]["a"][0]["curve"][-1]["val_loss"] = 2.0
     assert verdicts.crossing(found, "a", "b", 0) is None and verdicts.crossing(found, "a", "b", 1) is None
     assert [report.crossing_word(flops) for flops in (800.0, 0.0, None)] == ["8e+02", "always", "never"]

@@ -230,13 +230,33 @@ def language_result(arm, seed, shift):
 
 
 def test_the_table_of_learning_rates(tmp_path):
-    """The last loss of each kind and rate, over its seeds."""
-    for seed, loss in ((0, 0.2), (1, 0.4)):
-        curve = [{"step": 0, "flops": 1, "val_loss": 0.9}, {"step": 9, "flops": 2, "val_loss": loss}]
-        result = {"arm": "lora, 0.003", "seed": seed, "arguments": [], "curve": curve}
-        write_result(tmp_path, "rates", result)
-    found = report.read_part(tmp_path / "rates", "rates", {"lora, 0.003": ("base", "")})
-    assert "| lora, 0.003 | 0.3000 ± 0.1414 |" in report.rates_section(found)[1]
+    """The last loss of each kind and rate, over its seeds; the base learns other clips. One seed is enough,
+    so nothing is under way."""
+    parts = {"rates": {"base": (None, ""), "lora, 0.003": ("base", "")}, "longer": {}}
+    for arm in parts["rates"]:
+        for seed, loss in ((0, 0.2), (1, 0.4)):
+            curve = [{"step": 0, "flops": 1, "val_loss": 0.9}, {"step": 9, "flops": 2, "val_loss": loss}]
+            result = {"arm": arm, "seed": seed, "arguments": [], "curve": curve}
+            write_result(tmp_path, "rates", result | {"revision": "abc", "machine": "m"})
+    found = {part: report.read_part(tmp_path / part, part, arms) for part, arms in parts.items()}
+    table = report.rates_section(found["rates"])[1]
+    assert "| lora, 0.003 | 0.3000 ± 0.1414 |" in table and "base" not in table
+    found |= {"growth": {}, "table": {}, "language": {}}
+    assert report.heading([{"seed": 0}], found, parts) == ["Mean ± standard deviation over seeds 0."]
+
+
+def test_parts_that_score_nothing_need_no_proof(tmp_path, monkeypatch):
+    """Nor do they draw the gallery, which shows seed 0 of part growth."""
+    done = []
+    monkeypatch.setattr(study, "run_arm", lambda *arm: None)
+    monkeypatch.setattr(study, "prove", lambda reader: done.append("proof") or {})
+    monkeypatch.setattr(study, "score_table", str)
+    monkeypatch.setattr(study, "write_gallery", lambda here, seed: done.append(seed))
+    here = study.Study(tmp_path, tmp_path, None, "")
+    study.run_study(here, ["timing", "longer", "rates"], None, [1])
+    assert done == [] and not (tmp_path / "reader.json").exists()
+    study.run_study(here, ["timing", "growth"], None, [1])
+    assert done == ["proof", 0]
 
 
 def test_after_the_deadline_no_arm_is_begun(tmp_path, monkeypatch):
