@@ -1,8 +1,9 @@
 """What training costs: floating-point operations, and the memory of a GPU. `python cost.py`
 
-**FLOPs.** torch counts two for each multiplication in matrix products and attention, and nothing else, while
-a model without data runs one step. A training step costs about three forward passes. The gradients of inputs
-and of frozen weights are not computed and not counted. The study compares models at equal FLOPs.
+**FLOPs.** A model without data runs one step, and torch counts its matrix products and attention: two for
+each multiplication, which comes with an addition. All else counts as nothing. A training step costs about
+three forward passes. Gradients of inputs and of frozen weights are not computed and not counted. The study
+compares models at equal FLOPs.
 
 **Memory** is an estimate (docs/gpu.md compares it with measurements). A trained parameter takes 20 bytes:
 weight, gradient, two moments and EMA, in float32. What the forward pass keeps for the backward pass is

@@ -444,6 +444,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="another seed draws other scenes (0)")
     add("--out", default="samples", help="folder to write into (samples)")
     args = parser.parse_args(argv)
+    if not 0.01 <= args.fps <= 1000:
+        raise ValueError(f"--fps is {args.fps}; it must be from 0.01 to 1000")
     size = args.size
     if size is None:
         size = 32 if args.check else 128

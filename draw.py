@@ -201,7 +201,7 @@ GROWTH = {"grows": (0.6, 0.6), "shrinks": (1.2, -0.6)}  # the size is multiplied
 class Path(NamedTuple):
     """A motion as numbers:
 
-    x = x0 + dx (2 s - 1),    y = y0 + dy (2 s - 1) - hop |sin 2 pi s|,    angle = spin * 2 pi s
+    x = x0 + dx (2 s - 1),    y = y0 + dy (2 s - 1) - hop |sin 2 pi s|,    angle = spin * 2 pi s T / (T + 1)
     """
 
     x0: float
@@ -315,7 +315,7 @@ def tracks(sprites: list[Sprite], frames: int) -> torch.Tensor:
     x0, y0, dx, dy, hop, spin = columns([sprite.path for sprite in sprites])
     x = x0 + dx * (2 * s - 1)
     y = y0 + dy * (2 * s - 1) - hop * torch.sin(2 * math.pi * s).abs()
-    turn = 2 * math.pi * s * frames / (frames + 1)  # the frame after the last one would equal the first one
+    turn = 2 * math.pi * s * frames / (frames + 1)  # so the last frame is not the first
     angle = spin * turn
     start, change = columns([sprite.size for sprite in sprites])
     size = start + change * s

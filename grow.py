@@ -39,9 +39,9 @@ would stay equal, and the model would be wide in name only. `noise` breaks the s
 sum: [W/n + E, W/n - E] (for n > 2: n matrices that add up to zero).
 
 **The optimizer state** grows by the same map (`grow_state`). A parameter that the base had keeps its AdamW
-moments and its step count. A new parameter has no moments and begins at step 0. With zero moments under the
-old step count, Adam would take the second moment as converged, and the first update would be (1 - beta1) /
-sqrt(1 - beta2) times the right length: 3.2 with beta2 = 0.999, 0.45 with the 0.95 of train.py. In width, n
+moments and its step count. A new parameter has no moments and begins at step 0. If its moments were zero and
+its step count old, Adam would not correct their bias towards zero. The first update would then be (1 - beta1)
+/ sqrt(1 - beta2) times the right length: 3.2 with beta2 = 0.999, 0.45 with the 0.95 of train.py. In width, n
 duplicates of an output share its gradient. So exp_avg is divided by n and exp_avg_sq by n^2 wherever rows are
 duplicated, which is everywhere but in the last map. This ignores the noise. The EMA is grown by the operator
 itself, with the same random numbers.
@@ -52,6 +52,7 @@ rotary positions and qk-norm), growth by fractions.
 
 import argparse
 import inspect
+import itertools
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -291,14 +292,16 @@ def grow_optimizer_state(state: dict, base: DiT, grown: DiT, sources: dict[str, 
 def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     """Grow weights, EMA and optimizer state by one map, and add the growth to the history in the metadata.
     `operator` is a name in OPERATORS; `options` are those of its function. metadata["new"] names the
-    parameters made by all growths since the last training. Raises ValueError for an unknown operator, and for
-    adapters on new parameters, which would be frozen while they are still zero."""
+    parameters made by all growths since the last training; if they made none, those from before. Raises
+    ValueError for an unknown operator, and for adapters on new parameters, which would be frozen while they
+    are still zero."""
     if operator not in OPERATORS:
         raise ValueError(f"no growth is called {operator!r}; there are {', '.join(OPERATORS)}")
     metadata = {"history": [], "new": [], **checkpoint.metadata}
     history = metadata["history"]
-    untrained = bool(history) and "grow" in history[-1]
-    if operator == "lora" and untrained and metadata["new"]:
+    untrained = [*itertools.takewhile(lambda event: "grow" in event, reversed(history))]  # growths at the end
+    zeroed = any(event["grow"] in ("depth", "llm") and event.get("zero") != "none" for event in untrained)
+    if operator == "lora" and zeroed:
         raise ValueError("adapters would freeze new parameters that are still zero: train them first")
 
     bound = inspect.signature(OPERATORS[operator]).bind_partial(**options)
@@ -338,11 +341,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     option("--merge", action="store_const", const=True, help="add the product of adapters to the weights")
     option("--depth", choices=WHERE, help="more blocks, and where they go")
     option("--add", type=int, help="for --depth: blocks to add [as many as there are]")
-    option("--group", type=int, help="for --depth insert: blocks per group [as few as the copies allow]")
+    option("--group", type=int, help="for --depth insert: blocks per group or more [as few as possible]")
     option("--zero", choices=ZEROS, help="for --depth: which factor of the copies is zero [gate]")
+    option("--patch", type=int, metavar="FACTOR", help="times as many pixels a side, in as many patches")
     option("--frames", type=int, help="frames of a clip")
     option("--size", type=int, help="height and width of a clip in pixels")
-    option("--patch", type=int, metavar="FACTOR", help="times as many pixels a side, in as many patches")
     option("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
     option("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in every MLP")
     option("--noise", type=float, help="for --width and --mlp: makes duplicates differ [1]")

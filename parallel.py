@@ -32,8 +32,9 @@ def start(batch: int | None, device: str):
         raise ValueError(f"--batch {batch} cannot be shared by {WORLD} processes: it must be a multiple")
     backend = "gloo"
     if torch.cuda.is_available() and device != "cpu":
-        if torch.cuda.device_count() < WORLD:
-            raise ValueError(f"there are {torch.cuda.device_count()} GPUs for {WORLD} processes")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # processes on this machine
+        if torch.cuda.device_count() < here:
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs for {here} processes")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may have much to read first

@@ -8,7 +8,8 @@ A checkpoint is a directory:
                               optimizer state of AdamW: step.NAME, exp_avg.NAME and exp_avg_sq.NAME
     train_state.json          the step, the learning rate, the FLOPs of the base, and the like
 
-It is written beside its place and renamed, so that a kill leaves it whole or absent. The files hold tensors
+A new one is first written under another name and then renamed, so after a kill it is complete or does not
+exist, but is never half written. The files hold tensors
 and JSON and no code, unlike a pickle, which may run anything when it is opened. A header may come from
 anywhere, so `load_model` checks all that others read of it.
 
@@ -172,8 +173,10 @@ def check_metadata(metadata: dict):
     for event in metadata["history"]:
         if "grow" not in event:
             check_step(event["steps"], "steps")
-            if not isinstance(event["train"], str) or not isinstance(event["captions"], str):
-                raise ValueError("the data of a training in the history must be a string")
+            if not isinstance(event["train"], str) or event["captions"] not in ("short", "detailed", "both"):
+                raise ValueError("the data of a training in the history, or its captions, are unknown")
+        elif "train" in event or "steps" in event:
+            raise ValueError("an event of the history is a growth and a training at once")
     history_tree(metadata["history"])
 
 
@@ -437,7 +440,7 @@ class Run:
     def begin(self, args: dict, trainer_state: dict):
         """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped. From
         here on the first signal lets the run save and stop."""
-        self.step = trainer_state["step"]
+        self.step = self.first = trainer_state["step"]
         self.total = args["steps"] or math.inf
         if trainer_state.get("minutes") == args["minutes"] and not args["steps"]:
             self.total = trainer_state.get("total", math.inf)  # what these minutes have come to
@@ -530,8 +533,8 @@ class Run:
     def summary(self) -> str:
         """What a run has come to."""
         if self.stopped:
-            where = f"step {self.step} of {self.total}"
-            return f"{self.folder}: stopped and saved at {where}; continue with --resume"
+            of = f" of {self.total}" if self.total < math.inf else ""
+            return f"{self.folder}: stopped and saved at step {self.step}{of}; continue with --resume"
         last = next(record for record in reversed(self.records) if "val_loss" in record)
         line = f"{self.folder}: {self.step} steps, {self.seconds() / 60:.1f} minutes"
         line += f", validation loss {last['val_loss']:.4f}"

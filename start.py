@@ -50,7 +50,10 @@ def starting_point(args) -> Checkpoint | None:
     """What training continues from: the run itself, or the base, grown as --grow says; None for a new
     model."""
     if args.resume:
-        return load_checkpoint(args.out)
+        start = load_checkpoint(args.out)
+        if not start.trainer_state:
+            raise ValueError(f"{args.out} has no training state to resume: continue with --from {args.out}")
+        return start
     if not args.base:
         return None
     start = load_checkpoint(args.base)
@@ -116,8 +119,8 @@ def check_numbers(args):
         "size", "depth",
     ):  # fmt: skip
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be more than zero")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; it must be a finite number above zero")
     if args.data in SETS and args.clips is None:
         raise ValueError("--clips is missing: the toy world has as many clips as you like")
     for name, most in (("decay", 1), ("drop_text", 0.9), ("ema", 0.99999), ("max_bad", 1)):
@@ -240,10 +243,11 @@ def set_up(args, prompts_class=Prompts) -> Training:
         say_what_is_trained(args, device, args.batch or share * parallel.WORLD)
     with parallel.first_process_first():
         data = open_data(args, config, metadata["fps"], history, device)
-    for note in data.clips.notes:
-        print(f"note: {note}")
-    for what, why in data.clips.problems:
-        print(f"skipped: {what}: {why}")
+    if parallel.RANK == 0:
+        for note in data.clips.notes:
+            print(f"note: {note}")
+        for what, why in data.clips.problems:
+            print(f"skipped: {what}: {why}")
     with parallel.first_process_first():
         prompts = prompts_class(data.texts(), metadata, config.llm_dim, device)
     if start is None:

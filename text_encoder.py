@@ -539,12 +539,6 @@ class Prompts:
         """The tokens of the longest text, of each encoder: static shapes for `gather`."""
         return [features.max_length for features in self.features]
 
-    def to(self, device) -> "Prompts":
-        """Move all features to a device, in place."""
-        for features in self.features:
-            features.to(device)
-        return self
-
     def rows(self, texts: list[str]) -> torch.Tensor:
         """B texts of the list -> their row numbers (B,) int64, on the device of the features."""
         return self.features[0].rows(texts)
@@ -575,7 +569,8 @@ def main(argv=None):
     encoder = LanguageModel(args.llm) if args.llm else TextEncoder(args.text)
     for text in (args.prompt, NULL_PROMPT):
         features, mask = encoder([text])
-        tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenizer(text)["input_ids"])
+        ids = encoder.tokenizer(text + getattr(encoder, "template_suffix", ""))["input_ids"]
+        tokens = encoder.tokenizer.convert_ids_to_tokens(ids)
         print(f"{text!r}: {' '.join(tokens)}")
         print(f"  features {tuple(features.shape)} {str(features.dtype)[6:]}, {int(mask.sum())} real tokens")
 

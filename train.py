@@ -9,7 +9,8 @@ model with an LLM branch loses half of them in the small text encoder alone (--d
 caption already, the new branch gets almost no gradient and its gate stays closed.
 
 **Randomness by number.** The rows, timesteps, noise and dropped captions of a step are functions of (seed,
-step) alone, drawn on the training device. So a resumed run draws what it would have drawn.
+step) alone. Rows are drawn on the CPU, all else on the training device. A resumed run draws what it would
+have drawn.
 
 **Nothing waits for the CPU.** Clips (bytes) and caption features lie on the training device if they fit. The
 loop looks at a loss every tenth step only. On a GPU the step is recorded as a CUDA graph (machine.py).
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="20 steps, nano if new: see that all works, learn nothing (off)")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
-    add("--resume", action="store_true", help="continue the run in --out with the options it had (off)")
+    add("--resume", action="store_true", help="continue the run in --out with its options, not --shard (off)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, mps, ... (auto)")
     add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(auto: bf16 where it is fast)")
     add("--attention", default="auto", choices=BACKENDS, help="backend of attention.py (auto)")
@@ -362,7 +363,8 @@ def train(args, prompts_class=Prompts) -> Path:
                 loss = one_step(batch)
                 update_ema(tr.ema, tr.model, tr.steps_before + step, args.ema)
                 run.log(loss, args.batch, lr=rate, flops=tr.flops_at(step + 1))
-                if run.total == math.inf and run.step >= TIMED_STEPS and run.step % LOG_EVERY == 0:
+                timed = run.step >= run.first + TIMED_STEPS and run.step % LOG_EVERY == 0
+                if timed and run.total == math.inf:
                     run.total = int(parallel.agree(steps_within(args, run)))
             if run.stopped:
                 save(args, tr, run)

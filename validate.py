@@ -90,7 +90,7 @@ def save(args, tr: Training, run: Run):
     numbers = {"losses": run.check_losses(), "seconds": run.seconds()}
     if run.total < math.inf:
         numbers |= {"total": run.total, "minutes": args.minutes}
-    run.save(snapshot(args, tr, run.step, **numbers), args.keep)
+    run.save(snapshot(args, tr, run.step, **numbers), args.keep and run.validated())
 
 
 def validate_and_save(args, tr: Training, run: Run):
@@ -113,15 +113,18 @@ def say_what_to_expect(args):
 def compare_with_base(args, tr: Training, run: Run):
     """After a growth: print the history, and the loss of base and grown model, which are equal if the growth
     is function-preserving."""
-    if not args.base or parallel.RANK:
+    if not args.base:
         return
     base, metadata = load_model(args.base)
     if metadata["history"] == tr.metadata["history"]:
         return
+    grown = whole_model(tr.ema, tr.device)
+    if parallel.RANK:
+        return
     prompts = Prompts(tr.data.texts(), metadata, base.config.llm_dim, tr.device)
     dataset = tr.data.held_out["val_loss"]
     before = validation_loss(base.to(tr.device), dataset, prompts).mean().item()
-    after = validation_loss(whole_model(tr.ema, tr.device), dataset, tr.prompts).mean().item()
+    after = validation_loss(grown, dataset, tr.prompts).mean().item()
     run.record(loss_before_growth=before, loss_after_growth=after)
     print(history_tree(tr.metadata["history"]))
     print(f"float32 loss {before:.6f} before growth, {after:.6f} after")

@@ -368,6 +368,8 @@ def test_unknown_set():
 
 @pytest.mark.parametrize("which", ["basic", "rich"])
 def test_preview(which, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--fps is 0"):
+        data.main(f"--fps 0 --out {tmp_path}".split())
     data.main(f"--data {which} --captions detailed --size 16 --frames 2 --fps 25 --out {tmp_path}".split())
     paths = [tmp_path / f"preview-{which}.{end}" for end in ("png", "gif")]
     assert capsys.readouterr().out.split() == list(map(str, paths))

@@ -386,6 +386,11 @@ def test_a_whole_state_refuses_unknown_growth_and_adapters_on_zeros():
         grown_state_by(start, [("depth", {"add": 3}), ("lora", {"rank": 2})])
     wide = grown_state_by(start, [("width", {}), ("lora", {"rank": 2})])  # nothing in it is zero
     assert wide.model.config.lora_rank == 2
+    grown_state_by(start, [("depth", {"add": 3, "zero": "none"}), ("lora", {"rank": 2})])
+    deep = grown_state_by(start, [("depth", {"add": 3})])
+    trained = {"train": "basic", "steps": 9, "captions": "short", "tune": "all", "seed": 0}
+    deep.metadata["history"].append(trained)
+    grown_state_by(deep, [("resolution", {"size": 64}), ("lora", {"rank": 2})])
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="there are 2 GPUs for 3 processes"):
         parallel.start(9, "auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of more on several machines
+    with pytest.raises(ValueError, match="there are 2 GPUs for 4 processes"):
+        parallel.start(9, "auto")
 
 
 def test_which_errors_say_that_a_process_is_gone(monkeypatch):
@@ -119,6 +122,8 @@ def train_with_two(argv):
         child.start()
     for child in children:
         child.join(120)
+        child.kill()  # if it waits for ever
+        child.join()
     assert [child.exitcode for child in children] == [0, 0]
 
 
@@ -132,6 +137,14 @@ def one(tmp_path_factory, encoder_name):
 def test_two_processes_are_one(tmp_path, encoder_name, one, how):
     train_with_two(brief(tmp_path / "two", encoder_name, f"{OPTIONS} {how}"))
     assert_same_up_to_rounding(tmp_path / "two", one)
+
+
+def test_slices_of_a_grown_model(tmp_path, encoder_name, one):
+    """Before the first step the grown model is put together in process 0, to compare it with the base."""
+    options = f"--from {one} --grow depth --add 1 --steps 2 --batch 6"
+    train_with_two(brief(tmp_path / "two", encoder_name, f"{options} --shard"))
+    first = numbers(tmp_path / "two")[0]
+    assert first["loss_before_growth"] == pytest.approx(first["loss_after_growth"], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -470,9 +470,9 @@ def test_minutes_count_validations_and_what_was_done():
     "begun, more, total",
     [
         ("--minutes 0.2", "--steps 27", 27),
-        ("--minutes 0.2", "--minutes 0.3", 36),
+        ("--minutes 0.2", "--minutes 0.4", 48),
         ("--minutes 0.2", "", 24),
-        ("--steps 24", "--minutes 0.3", 36),
+        ("--steps 24", "--minutes 0.4", 48),
         ("--steps 24", "--steps 27", 27),
     ],
 )
@@ -500,6 +500,30 @@ def test_a_slower_machine_does_not_change_what_minutes_came_to(
     assert same_tensors(weights_of(run), weights_of(whole))
 
 
+def test_the_first_steps_of_a_process_are_not_timed(tmp_path, encoder_name, half_seconds, monkeypatch):
+    """A resumed run compiles again, here for 30 s. In the 72 s there is time for 42 s of steps."""
+    run = run_training(tmp_path / "run", encoder_name, "--steps 8 --every 100")
+    monkeypatch.setattr(Run, "seconds", lambda run: 0.5 * run.step + 30 * (run.step > 8))
+    resume_training(run, "--minutes 1.2")
+    assert load_checkpoint(run).trainer_state["step"] == 84
+
+
+def test_what_is_stopped_is_no_validation(tmp_path, encoder_name, monkeypatch, capsys):
+    """--keep keeps the weights of validations alone. How long the run would have been is not known yet."""
+    monkeypatch.setattr(Run, "log", log_and_ask_at_15)
+    run = run_training(tmp_path / "run", encoder_name, "--minutes 9 --every 10 --keep")
+    assert sorted(folder.name for folder in run.glob("step_*")) == ["step_000000", "step_000010"]
+    assert "stopped and saved at step 15; continue" in capsys.readouterr().out
+
+
+def test_a_run_without_a_training_state_is_not_resumed(tmp_path, encoder_name):
+    run = run_training(tmp_path / "run", encoder_name, "--steps 2")
+    for file in (run / "checkpoint").glob("train_state*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no training state to resume: continue with --from"):
+        resume_training(run, "--steps 4")
+
+
 def log_and_ask_at_15(run, *arguments, log=Run.log, **numbers):
     """`Run.log`, and a wish to stop after step 15."""
     log(run, *arguments, **numbers)
@@ -515,7 +539,9 @@ def log_and_ask_at_15(run, *arguments, log=Run.log, **numbers):
     [
         ("--preset huge", "invalid choice: 'huge'"),
         ("--steps many", "invalid int value: 'many'"),
-        ("--steps 0", "--steps is 0; it must be more than zero"),
+        ("--steps 0", "--steps is 0; it must be a finite number above zero"),
+        ("--minutes inf", "--minutes is inf"),
+        ("--lr inf", "--lr is inf"),
         ("--lr nan", "--lr is nan"),
         ("--minutes -1", "--minutes is -1.0"),
         ("--decay 2", "--decay is 2.0; it must be from 0 to 1"),
