@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from dit import DiT, DiTConfig
 
-PRETRAINED = Path(__file__).with_name("pretrained")  # the model that comes with the repository
+PRETRAINED = Path(__file__).with_name("pretrained")  # the included model
 FOREIGN = {  # a file in a folder that is no checkpoint -> what the folder is
     "model_index.json": "it is a pipeline of diffusers; docs/real_models.md says which grow and how to train",
     "transformer/config.json": "did you mean its folder transformer?",
@@ -127,8 +127,8 @@ def is_quick(run: Path) -> bool:
 
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
-    """The checkpoint that was written last in any run below `root`, --quick runs left out; else the model
-    that comes with the repository. Raises FileNotFoundError if there is neither."""
+    """The checkpoint that was written last in any run below `root`, --quick runs left out; else the included
+    model. Raises FileNotFoundError if there is neither."""
     files = [*root.glob("*/checkpoint/model.safetensors"), *root.glob("*/checkpoint.old/model.safetensors")]
     files = [file for file in files if not is_quick(file.parents[1])]
     if files:

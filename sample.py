@@ -2,7 +2,7 @@
 
 The prompt goes through the text encoders of the model (text_encoder.py), the solver follows the flow from
 noise to a clip (flow.py), and the clip is written as MP4 and GIF (video.py). Which model: `--from`, or the
-newest run below runs/, or else the one that comes with the repository.
+newest run below runs/, or else the included one, pretrained/.
 
 **Re-captions** (`--recaption`). The LLM of a grown model reads the prompt and after it a longer version that
 it was asked to write (ModelGrow, figure 2; recaption.py); the small encoder reads the prompt alone. What the

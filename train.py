@@ -140,7 +140,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def default_base() -> str:
-    """What --grow grows if no base is named: runs/base, else the model that comes with the repository."""
+    """What --grow grows if no base is named: runs/base, else the included model."""
     try:
         find_checkpoint("runs/base")
         return "runs/base"

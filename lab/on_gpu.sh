@@ -3,7 +3,7 @@
 #
 #     bash lab/on_gpu.sh OUT [--minutes 9] [--table] [--quick]
 #
-#   pretrained   the model that comes along: `tiny` learns both sets of the toy world on small clips, where a step
+#   pretrained   the included model: `tiny` learns both sets of the toy world on small clips, where a step
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
 #                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way

@@ -61,7 +61,7 @@ def main(argv=None):
     """Write a parcel."""
     parser = argparse.ArgumentParser(description="Pack results and the last run's weights into a folder.")
     parser.add_argument("out", help="folder of the parcel")
-    parser.add_argument("runs", nargs="*", help="runs; the last one is the model that comes along")
+    parser.add_argument("runs", nargs="*", help="runs; the last one is the included model")
     parser.add_argument("--results", default="results", help="folder of the results (results)")
     args = parser.parse_args(argv)
     pack(Path(args.out), Path(args.results), [Path(run) for run in args.runs])

@@ -142,7 +142,7 @@ def test_more_videos_begin_with_the_same():
 
 
 def test_which_model_is_used_is_said(tmp_path, model_dir, monkeypatch, capsys):
-    """Named or not: here from a folder without runs, so the one that comes along."""
+    """Named or not: here from a folder without runs, so the included one."""
     argv = ["a red cat", "--steps", "1"]
     sample.main([*argv, "--from", str(model_dir), "--out", str(tmp_path)])
     assert f"model: {model_dir}\n" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def test_the_outputs_in_the_file():
 
 @pytest.mark.slow
 def test_what_the_tour_says(monkeypatch):
-    """With the real text encoders and the model that comes with the repository."""
+    """With the real text encoders and the included model."""
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     names = {}
     for cell in CELLS:

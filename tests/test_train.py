@@ -605,7 +605,7 @@ def test_a_run_is_named_after_its_base(tmp_path, monkeypatch, line, out):
 
 
 def test_growth_needs_no_run(tmp_path, monkeypatch):
-    """Without runs/base the model that comes along is grown."""
+    """Without runs/base the included model is grown."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)  # of a run that was killed at once
     args = parse_arguments(["--grow", "depth"])
