@@ -434,8 +434,9 @@ if __name__ == "__mp_main__":
     os._exit(9)  # a process of the pool must not import this module
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
-import decode, faulty
+import decode, faulty, signal
 decode.decode_file = faulty.decode_file
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 if __name__ == "__main__":
     folder = Path(sys.argv[3])
     with decode.DecodingPool(2, 8, 32, 8) as pool:
