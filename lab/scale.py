@@ -22,6 +22,10 @@ its result names: tests/test_scale.py shows that on a CPU.
 than ten times on average, if the memory holds them. The loss is that of the averaged weights (EMA) on clips
 that are held out, at fixed noise.
 
+**Small budgets.** The warm-up has as many steps for all sizes. Batches are small, so that it is a small share
+of the smallest budget: 4 % of *never grown*, 7 % of *large from scratch*, 14 % of that with the additional
+compute only. The EMA reaches back some 100 steps, fewer than the decay has.
+
 **At once.** Clips and their features are made once and lie on the device for all arms. On a GPU several arms
 train at the same time, each in a CUDA stream with its own recorded step: a step of these models does not fill
 a GPU. On a CPU the same code trains one after the other.
@@ -52,8 +56,7 @@ from tqdm import tqdm
 from cost import count_flops
 from dit import PRESETS, DiT
 from flow import T_BINS, loss_by_timestep, validation_batches
-from lab.study import find_revision, machine_name
-from lab.tables import markdown_table
+from lab.study import BUDGET, find_revision, machine_name
 from machine import RESIDENT_SHARE, pick_device, run_command
 from run import DEFAULTS, Checkpoint, Diverged, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point
@@ -61,15 +64,15 @@ from text_encoder import NULL_PROMPT, Features, Prompts, encode, located, make_e
 from train import Batch, learning_rate, make_step, parse_arguments, random_batch, update_ema
 from validate import snapshot
 
-UNIT = 2.4e13  # FLOPs: the budget of lab/study.py
 DECAY = 0.2  # last share of a budget, in which the learning rate decays to zero
+DECAY_POINTS = 8  # of a curve, in that share
 REPEATS = 10  # how often a clip is seen, on average
 AT_ONCE = {"cuda": 6}  # arms; elsewhere one. In a pilot on an H200 six took 0.55 of the time of one by one
 SMALL, MIDDLE, LARGE = 4, 6, 8  # blocks
 RATES = {SMALL: BASE_LR, MIDDLE: BASE_LR, LARGE: BASE_LR}  # peak learning rates; `--tune` compares others
 TUNED = (0.5, 1, 2)  # times these
 
-OPTIONS = "--data rich --captions detailed"  # of train.py, for all arms
+OPTIONS = "--data rich --captions detailed --ema 0.99"  # of train.py, for all arms
 NEW = "--preset nano"  # for new models
 QUICK, QUICK_NEW = "--quick", "--frames 4 --size 16"
 QUICK_CLIPS, QUICK_BATCH, QUICK_UNIT = 64, 4, 1.2e10  # 20 steps of the small model
@@ -149,7 +152,7 @@ def clips_for(flops: float, device) -> int:
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     else:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pixels = 3 * config.frames * config.size**2
     features = 2 * 100 * config.text_dim  # bfloat16; nearly all captions have fewer than 100 tokens
     most = int(RESIDENT_SHARE * memory / (pixels + features))
@@ -164,7 +167,7 @@ def shared_options(args, device) -> tuple[list[str], list[str]]:
     if args.quick:
         size = f"--clips {args.clips or QUICK_CLIPS} --batch {QUICK_BATCH}"
         return f"{QUICK} {OPTIONS} {size}".split(), QUICK_NEW.split()
-    clips = args.clips or clips_for(max(args.budgets) * UNIT, device)
+    clips = args.clips or clips_for(max(args.budgets) * BUDGET, device)
     return f"{OPTIONS} --clips {clips} --batch {args.batch}".split(), NEW.split()
 
 
@@ -191,7 +194,7 @@ def open_scale(args) -> Scale:
         options=options,
         new_options=new_options,
         rates=dict(zip(RATES, args.rates, strict=True)),
-        unit=QUICK_UNIT if args.quick else UNIT,
+        unit=QUICK_UNIT if args.quick else BUDGET,
         step_flops=costs,
         data=data,
         prompts=prompts,
@@ -363,7 +366,7 @@ class Stretch:
     stream: torch.cuda.Stream | None
 
 
-def first_checkpoint(scale: Scale, job: Job, args) -> Checkpoint:
+def first_checkpoint(scale: Scale, args) -> Checkpoint:
     """What a job continues from: a new model, a checkpoint of a plateau, or a model grown from one."""
     start = starting_point(args)
     if start is None:
@@ -391,18 +394,21 @@ def begin(scale: Scale, job: Job) -> Stretch:
         args.resume, args.out = True, str(job.start)
     stream = new_stream(scale.device)
     with torch.cuda.stream(stream):
-        start = first_checkpoint(scale, job, args)
+        start = first_checkpoint(scale, args)
         tr = build(args, start, scale.data, scale.prompts, scale.device)
         step, curve = tr.trainer_state["step"], tr.trainer_state.get("curve", [])
         stretch = Stretch(job, args, tr, step, curve, make_step(tr, args.accumulate), stream)
-        if not args.resume:
+        if not curve or (job.arm and curve[-1]["step"] < step):
             validate(scale, stretch)
     return stretch
 
 
-def is_point(step: int) -> bool:
-    """Whether a curve has a point at this step: at each up to 8, then at four in every doubling. This does
-    not depend on the budget."""
+def is_point(step: int, steps: float, decay: float) -> bool:
+    """Whether the curve of a run of `steps` has a point at this step. On the plateau: at each up to 8, then
+    at four in every doubling, whatever the budget. In the decay, where the loss falls fast: at DECAY_POINTS
+    or a few more, the last step among them."""
+    if step > (1 - decay) * steps:
+        return (steps - step) % max(1, int(decay * steps) // DECAY_POINTS) == 0
     return step % 2 ** max(0, step.bit_length() - 3) == 0
 
 
@@ -425,7 +431,7 @@ def advance(scale: Scale, stretch: Stretch):
         stretch.one_step(batch)
         update_ema(tr.ema, tr.model, tr.steps_before + step, args.ema)
         stretch.step += 1
-        if is_point(stretch.step) or stretch.step == job.steps:
+        if is_point(stretch.step, job.steps, job.decay):
             validate(scale, stretch)
         if stretch.step in job.marks:
             keep(stretch)
@@ -442,7 +448,7 @@ def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
     time.monotonic) is over, plateaus are saved as they are, and other jobs that are under way are lost."""
     waiting, running = list(jobs), []
     with tqdm(unit="step") as bar:
-        while waiting or running:
+        while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < AT_ONCE.get(scale.device.type, 1):
                 running.append(begin(scale, waiting.pop(0)))
             for stretch in running:
@@ -451,8 +457,6 @@ def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
             ended = [stretch for stretch in running if stretch.step == stretch.job.stop]
             running = [stretch for stretch in running if stretch.step < stretch.job.stop]
             yield from ended
-            if time.monotonic() > deadline:
-                break
     for stretch in running:
         if stretch.job.folder:
             with torch.cuda.stream(stretch.stream):
@@ -493,13 +497,14 @@ def run_budgets(scale: Scale, budgets, seeds, deadline=math.inf):
         for stretch in run_jobs(scale, plateau_jobs(scale, jobs, budgets), deadline):
             print(f"{stretch.job.title}: {stretch.step} steps", flush=True)
         if time.monotonic() > deadline:
-            break
+            return  # a plateau may not be there yet
         for stretch in run_jobs(scale, jobs, deadline):
             write_result(scale, stretch)
 
 
-def tune(scale: Scale, budget, seed) -> str:
-    """The final losses with other learning rates, for each size from scratch -> a table."""
+def tune(scale: Scale, budget, seed, deadline=math.inf):
+    """Train each size from scratch with other learning rates; the results go into a folder of their own."""
+    scale = replace(scale, results=scale.results / "rates")
     jobs = []
     for depth, rate in scale.rates.items():
         for factor in TUNED:
@@ -508,10 +513,9 @@ def tune(scale: Scale, budget, seed) -> str:
             arguments = new_arguments(other, depth, seed, steps, decay)
             name = f"{depth} blocks, rate {factor * rate:g}"
             jobs.append(Job(arguments, None, steps, steps, decay, name, budget, seed))
-    losses = {}
-    for stretch in run_jobs(scale, jobs):
-        losses[stretch.job.arm] = stretch.curve[-1]["val_loss"]
-    return markdown_table(["size", "loss"], [[job.arm, f"{losses[job.arm]:.4f}"] for job in jobs])
+    jobs = [job for job in jobs if not is_done(scale, job)]
+    for stretch in run_jobs(scale, jobs, deadline):
+        write_result(scale, stretch)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -524,16 +528,17 @@ def make_parser():
         description="Train grown and other models with several budgets; a JSON file per budget, arm and seed."
     )
     add = parser.add_argument
-    add("--budgets", nargs="+", type=float, default=[1, 4, 16, 64], help=f"times {UNIT:g} FLOPs (1 4 16 64)")
+    budgets = f"times {BUDGET:g} FLOPs (1 4 16 64)"
+    add("--budgets", nargs="+", type=float, default=[1, 4, 16, 64], help=budgets)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--out", help="folder for the JSON files (results/scale, or runs/scale-quick)")
     add("--runs", help="folder for checkpoints of the plateaus (runs/scale, or runs/scale-quick)")
     add("--clips", type=int, help="to train on; all calls need as many (a tenth of what --budgets show)")
-    add("--batch", type=int, default=64, help="clips per step (64)")
+    add("--batch", type=int, default=16, help="clips per step (16)")
     blocks = f"of {SMALL}, {MIDDLE} and {LARGE} blocks"
     add("--rates", nargs=3, type=float, default=list(RATES.values()), help=f"learning rates {blocks}")
     add("--minutes", type=float, default=math.inf, help="stop then; call again to continue (off)")
-    add("--tune", action="store_true", help="compare learning rates at the smallest budget; writes nothing")
+    add("--tune", action="store_true", help="compare learning rates at the smallest budget, first seed (off)")
     add("--quick", action="store_true", help="tiny sizes: see that everything works, learn nothing (off)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     return parser
@@ -551,7 +556,7 @@ def main(argv=None):
     deadline += 60 * args.minutes
     scale = open_scale(args)
     if args.tune:
-        print(tune(scale, min(args.budgets), args.seeds[0]))
+        tune(scale, min(args.budgets), args.seeds[0], deadline)
     else:
         run_budgets(scale, args.budgets, args.seeds, deadline)
 

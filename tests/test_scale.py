@@ -114,16 +114,21 @@ def test_other_arguments_are_refused(quick, whole):
         quick("new", "--rates 0.003 0.003 0")
 
 
-def test_tuning_trains_each_size_from_scratch(quick, whole, capsys):
-    quick("tuned", "--budgets 1 --seeds 3 --tune")
-    table = capsys.readouterr().out
-    for name, row in (
-        ("never-grown", "4 blocks, rate 0.003"),
-        ("large-from-scratch", "8 blocks, rate 0.003"),
-    ):
-        loss = json.loads(whole[f"1-{name}-3.json"])["curve"][-1]["val_loss"]
-        assert f"| {row} | {loss:.4f} |" in table
-    assert table.count(" blocks, rate ") == 9
+def test_tuning_trains_each_size_from_scratch(quick, whole, tmp_path):
+    """With the rate that the arms have, the same losses come out; a second call makes what is missing."""
+    folder = f"--budgets 1 --seeds 3 --tune --out {tmp_path}"
+    quick("tuned", folder)
+    files = {path.name: path for path in (tmp_path / "rates").iterdir()}
+    assert len(files) == 9
+    for arm, name in (("never-grown", "4-blocks-rate-0.003"), ("large-from-scratch", "8-blocks-rate-0.003")):
+        losses = [point["val_loss"] for point in json.loads(whole[f"1-{arm}-3.json"])["curve"]]
+        found = json.loads(files[f"1-{name}-3.json"].read_bytes())["curve"]
+        assert found[-1]["val_loss"] == losses[-1] and len(found) > 3
+    before = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    files["1-6-blocks-rate-0.006-3.json"].unlink()
+    quick("tuned", folder)
+    changed = [name for name, path in files.items() if path.stat().st_mtime_ns != before[name]]
+    assert changed == ["1-6-blocks-rate-0.006-3.json"]
 
 
 def test_features_in_memory_are_those_of_the_cache(encoder_name):
@@ -161,20 +166,24 @@ def test_budgets_add_up(name):
 
 
 def test_points_of_a_curve():
-    points = [step for step in range(100) if scale.is_point(step)]
-    assert points == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96]
+    """On the plateau they do not depend on the number of steps. In the decay they are dense."""
+    plateau = [step for step in range(100) if scale.is_point(step, math.inf, 0.0)]
+    assert plateau == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96]
+    points = [step for step in range(1, 101) if scale.is_point(step, 100, 0.2)]
+    assert points == [*plateau[1:-1], *range(82, 101, 2)]
+    assert [step for step in range(7) if scale.is_point(step, 6, 0.4)] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_clips_for_a_budget(monkeypatch, capsys):
     """No clip is seen more than ten times on average, if there is memory for so many."""
     device = SimpleNamespace(type="cpu")
-    pages = {"SC_PAGE_SIZE": 1000, "SC_AVPHYS_PAGES": 10**8}
+    pages = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 10**8}
     monkeypatch.setattr(scale.os, "sysconf", pages.get)
     flops = 2.4e13
     count = scale.clips_for(flops, device)
     per_clip = scale.count_flops(scale.DiT(scale.PRESETS["nano"]), [64])
     assert count == math.ceil(flops / per_clip / 10)
-    pages["SC_AVPHYS_PAGES"] = 10**5
+    pages["SC_PHYS_PAGES"] = 10**5
     monkeypatch.setattr(scale, "RESIDENT_SHARE", 0.4)
     count = 394  # 40 MB of 100 MB hold as many clips of 24,576 bytes with features of 76,800
     assert scale.clips_for(flops, device) == count
