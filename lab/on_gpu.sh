@@ -9,7 +9,7 @@
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
 #   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
 #                (the table with --table: put the best rates into lab/study.py first)
-#   scale        the window of growth: budgets of 1, 4 and 16 times 2.4e13 FLOPs, as far as time goes
+#   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
 # in OUT (lab/parcel.py), also if it is stopped; `python -m lab.study --take OUT` puts it into its places. With
@@ -37,7 +37,7 @@ data="--data both --words varied --clips 32768"
 base="$data --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
 larger="--patch 2 --frames 16 --width 2"
 grown="$data --batch 64 --every 3000 --keep --grow llm"
-actors="--count 100" scores="--count 200" study= scale="--budgets 1 4 16 --clips 98304"
+actors="--count 100" scores="--count 200" study= scale="--budgets 4 16 --clips 98304 --batch 64"
 if [[ $quick ]]; then
     runs=$out/runs results=$out/results
     data="--data both --clips 16 --batch 4 --no-compile"
@@ -86,7 +86,7 @@ for part in "${parts[@]}"; do
     (($(left 60) > 0)) || break
     for_minutes="--minutes $(in_minutes $(left 60)) --runs $runs/study"
     if [[ $part == scale ]]; then
-        python -m lab.scale $scale $for_minutes --out $results/scale
+        python -m lab.scale $scale $for_minutes --out $results/scale-on-a-gpu
     else
         python -m lab.study $study $for_minutes --parts $part --results $results
     fi

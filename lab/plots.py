@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lab.tables import SCORE_COLUMNS
-from lab.verdicts import EXTRA, HALFWAY, NEVER, SCRATCH, crossing, gains, loss_curve, measure, savings
+from lab.verdicts import gains, loss_curve, savings
 
 PLOT_COLOURS = [f"C{i}" for i in range(10)] + ["goldenrod", "black", "navy", "lime", "tomato", "teal"]
 WHEN = ("before", "at growth", "after")
@@ -102,66 +102,6 @@ def plot_timing(found, targets, path: Path):
     axes.plot([], [], "o", color="C0", label="twice the blocks")
     axes.plot([], [], "s", color="C1", label="four times")
     axes.legend()
-    save_plot(figure, path)
-
-
-# --------------------------------------------------------------------------------------------------------
-# The window of growth (lab/scale.py). found: {budget: {arm: {seed: result}}}
-
-
-def plot_scale(found, path: Path):
-    """Loss over FLOPs of every budget: the curves part where the learning rate decays. A dotted line is where
-    the final loss crosses that of never growing, mean over seeds."""
-    figure, axes = new_plot(xlabel="FLOPs, those of the base included", ylabel="loss on rich")
-    axes.set(xscale="log", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
-    for number, arm in enumerate((NEVER, SCRATCH, HALFWAY)):
-        colour = f"C{number}"
-        budgets = [arms[arm] for arms in found.values() if arm in arms]
-        for by_seed in budgets:
-            draw_band(axes, by_seed, colour)
-        if budgets:
-            axes.plot([], [], color=colour, label=arm)
-            axes.legend()
-        seeds = {seed for by_seed in budgets for seed in by_seed}
-        crossings = [crossing(found, arm, NEVER, seed) for seed in seeds]
-        if arm != NEVER and crossings and all(crossings):
-            axes.axvline(mean(crossings), color=colour, ls=":", lw=1)
-    save_plot(figure, path)
-
-
-def draw_band(axes, by_seed, colour):
-    """The curve of an arm with one budget: mean and standard deviation over seeds, without the start."""
-    curves = [loss_curve(result, "val_loss")[1:] for result in by_seed.values()]
-    flops = [point[1] for point in curves[0]]
-    losses = np.array([[point[2] for point in curve] for curve in curves])  # (seeds, points)
-    middle, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
-    axes.plot(flops, middle, color=colour, lw=1)
-    axes.fill_between(flops, middle - deviation, middle + deviation, color=colour, alpha=0.2, lw=0)
-    axes.plot(flops[-1], middle[-1], "o", color=colour)
-
-
-def plot_window(found, path: Path):
-    """By how many per cent the final loss is lower than that of never growing, over the budget: growing pays
-    where a line is above zero. The bars are the standard deviation over seeds."""
-    figure, axes = new_plot(xlabel="FLOPs, those of the base included", xscale="log")
-    axes.set(ylabel=f"% lower final loss than {NEVER}")
-    axes.axhline(0, color="grey", lw=1)
-    arms = dict.fromkeys(arm for by_arm in found.values() for arm in by_arm)
-    for number, arm in enumerate(arms):
-        points = []
-        for by_arm in found.values():
-            small, mine = by_arm.get(NEVER, {}), by_arm.get(arm, {})
-            seeds = sorted(small.keys() & mine.keys())
-            values = [100 * (1 - measure(mine[s], "last") / measure(small[s], "last")) for s in seeds]
-            if values:
-                deviation = stdev(values) if len(values) > 1 else 0
-                points.append((mine[seeds[0]]["flops"], mean(values), deviation))
-        if points and arm not in (NEVER, EXTRA):
-            style = {"color": PLOT_COLOURS[number], "ls": "--" if "plain" in arm else "-"}
-            axes.errorbar(*zip(*points, strict=True), marker="o", ms=4, capsize=2, label=arm, **style)
-            axes.legend(fontsize=7)
     save_plot(figure, path)
 
 

@@ -18,19 +18,11 @@ from lab.plots import (
     plot_blocks,
     plot_forgetting,
     plot_losses,
-    plot_scale,
     plot_timing,
-    plot_window,
 )
-from lab.tables import BENCHMARK_NAMES, markdown_table, score_table, spread
+from lab.tables import BENCHMARK_NAMES, markdown_table, provenance, score_table, spread
 from lab.verdicts import (
-    EXTRA,
-    HALFWAY,
-    NEVER,
     RULE,
-    SCRATCH,
-    crossing,
-    equal_loss_ratio,
     gains,
     judge,
     loss_at,
@@ -39,10 +31,10 @@ from lab.verdicts import (
     savings,
     since_growth,
     spike,
-    steps_to_cross,
     steps_to_mix,
     verdict,
 )
+from lab.window import scale_section
 
 LOSS_ONLY = ("timing", "longer", "rates")  # parts that compare the loss on the way and sample nothing
 NOT_COVERED = (
@@ -64,15 +56,15 @@ LOSSES = (
     "Loss on held-out clips, `rich` with detailed and `basic` with short captions: when the budget is spent,"
     " and after equally many steps since the base (or the start). The spike is the mean training loss over"
     " the first 50 steps, less that of *continued* on the same clips, captions and noise. An arm has mixed at"
-    " the first step from which its training loss, averaged over the next 100 steps, is below that of"
+    " the first step from which on its training loss, averaged over the next 100 steps, is below that of"
     " *continued* (for each seed)."
 )
 TIMING = (
     "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
     " times fewer).** The table has the loss on `rich` when the budget is spent. It also says how many times"
     " fewer FLOPs an arm needed to reach the final loss of *large from scratch*. The FLOPs of the small model"
-    " count. The curve of a grown model begins at its growth, so growth at 80 % cannot show more than 1.25:"
-    " that loss was reached before. *never grown* is the small model, for the whole budget:"
+    " count. The curve of a grown model begins at its growth, so growth at 80 % cannot show more than"
+    " 1 / 0.8 = 1.25. *never grown* is the small model, for the whole budget:"
 )
 LONGER = (
     "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
@@ -165,7 +157,7 @@ def timing_table(found, goal) -> str:
         cells += [spread(lower, 4), verdict(lower) if lower else ""]
         rows.append(cells)
     titles = ["arm", "final loss", f"times fewer FLOPs than *{goal}*", "by seed"]
-    return markdown_table([*titles, "lower than *never grown* by", "in every seed"], rows)
+    return markdown_table([*titles, "lower than *never grown* by", "verdict"], rows)
 
 
 def growth_section(found, starts, results: Path) -> list[str]:
@@ -222,114 +214,6 @@ def language_section(found) -> list[str]:
     scores = score_tables(found, "base encoder")
     text = ["## Language", *claims(found), *scores, provenance(found)]
     return [*text, "## Negative results of designs that were removed", NEGATIVE]
-
-
-# --------------------------------------------------------------------------------------------------------
-# The window of growth (lab/scale.py). found: {budget: {arm: {seed: result}}}
-
-SCALE = (
-    "The loss on `rich` of models that were trained, grown or not, with several budgets (lab/scale.py). A"
-    " budget counts the FLOPs of training, those of the base included. In its last fifth the learning rate"
-    " decays to zero. *Lower by* is a difference of final losses within each seed, with the verdict by the"
-    " rule above (holds: the arm is better). *Times fewer FLOPs*: for the same loss the other arm needs this"
-    " many times more. Between two budgets a power law is assumed. In brackets is the same ratio if the base"
-    " exists already and costs nothing. *Mixes at* is the step after growth from which the loss is"
-    " lower than that of *never grown* at equal FLOPs, for each seed. Tokens are those of the clips, as often"
-    " as they were seen, the base's included. The steps of a grown model are those since its growth."
-)
-
-
-def ratio_cell(found, budget, arm, other) -> str:
-    """Times fewer FLOPs than another arm, and with the base free: "1.25 ± 0.03 (2.50 ± 0.06)"."""
-    counted, free = [], []
-    for seed, result in found[budget][arm].items():
-        ratio = equal_loss_ratio(found, budget, arm, other, seed)
-        if ratio is not None:
-            counted.append(ratio)
-            free.append(ratio * result["flops"] / (result["flops"] - result["base_flops"]))
-    if not counted or arm == other:
-        return ""
-    grown = any(result["base_flops"] for result in found[budget][arm].values())
-    return spread(counted, 2) + (f" ({spread(free, 2)})" if grown else "")
-
-
-def lower_cell(arms, arm, other) -> str:
-    """By how much the final loss of an arm is lower than that of another one, and the verdict."""
-    values = gains(arms[arm], arms.get(other, {}), "last")
-    return f"{spread(values, 4)} ({verdict(values)})" if values and arm != other else ""
-
-
-def mixing_cell(arms, arm) -> str:
-    """Where a grown model crosses *never grown*, for each seed."""
-    words = []
-    for seed, result in arms[arm].items():
-        if result["base_flops"] and seed in arms.get(NEVER, {}):
-            step = steps_to_cross(result, arms[NEVER][seed])
-            words.append("never" if step is None else str(step))
-    return ", ".join(words)
-
-
-def budget_table(found, budget) -> str:
-    """The arms of one budget."""
-    rows = []
-    for arm, by_seed in found[budget].items():
-        result = by_seed[min(by_seed)]
-        cells = [arm, str(result["curve"][-1]["step"])]
-        cells.append(spread([measure(each, "last") for each in by_seed.values()], 4))
-        cells += [lower_cell(found[budget], arm, other) for other in (NEVER, SCRATCH)]
-        cells += [ratio_cell(found, budget, arm, other) for other in (NEVER, SCRATCH)]
-        cells += [mixing_cell(found[budget], arm), f"{result['tokens'] / result['parameters']:.2g}"]
-        rows.append(cells)
-    titles = ["arm", "steps", "final loss"]
-    for what in ("lower than", "times fewer FLOPs than"):
-        titles += [f"{what} *{other}*" for other in (NEVER, SCRATCH)]
-    return markdown_table([*titles, "mixes at", "tokens per parameter"], rows)
-
-
-def crossing_word(flops: float | None) -> str:
-    """What `crossing` says, in a word."""
-    if flops is None:
-        return "never"
-    return f"{flops:.2g}" if flops else "always"
-
-
-def crossing_table(found) -> str:
-    """From how many FLOPs on each arm has the lower loss, for each seed."""
-    seeds_of = {}
-    for by_arm in found.values():
-        for arm, by_seed in by_arm.items():
-            seeds_of.setdefault(arm, set()).update(by_seed)
-    rows = []
-    for arm, seeds in seeds_of.items():
-        if arm == EXTRA:  # it spends less
-            continue
-        cells = [arm]
-        for other in (NEVER, SCRATCH):
-            words = [crossing_word(crossing(found, arm, other, seed)) for seed in sorted(seeds)]
-            cells.append(", ".join(words) if arm != other else "")
-        rows.append(cells)
-    titles = ["FLOPs from which the final loss is lower than that of", f"*{NEVER}*", f"*{SCRATCH}*"]
-    return markdown_table(titles, rows)
-
-
-def scale_section(found, folder: Path) -> list[str]:
-    """The window of growth."""
-    plot_scale(found, folder / "scale.png")
-    plot_window(found, folder / "window.png")
-    text = ["## The window of growth", SCALE]
-    text += ["![Loss over FLOPs](scale.png)", "![Gain over never growing](window.png)"]
-    text.append(crossing_table(found))
-    for budget, arms in found.items():
-        by_seed = next(iter(arms.values()))
-        arguments = by_seed[min(by_seed)]["arguments"]
-        clips, batch = (arguments[arguments.index(name) + 1] for name in ("--clips", "--batch"))
-        text.append(f"Budget {budget:g} ({clips} clips, {batch} a step):")
-        text.append(budget_table(found, budget))
-        if HALFWAY in arms and EXTRA in arms:
-            same = f"If the base is there already, *{HALFWAY}* and *{EXTRA}* spend the same."
-            text.append(f"{same} The first one's loss is lower by {lower_cell(arms, HALFWAY, EXTRA)}.")
-        text.append(provenance(arms))
-    return text
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -403,8 +287,8 @@ def actors_section(folder: Path) -> list[str]:
         first, point = result["arguments"][0], result["points"][-1]
         text.append(f"## Complex prompts, and when they are learned: {file.stem}")
         text.append(
-            f"The last point of the curve, `{point['checkpoint']}`, after {point['flops']:.2g} FLOPs: a model"
-            f" that began as preset {first['preset']}, seed {first['seed']}, {result['count']} prompts a set."
+            f"The last point of the curve: `{point['checkpoint']}`, after {point['flops']:.2g} FLOPs. The"
+            f" first run had seed {first['seed']}. {result['count']} prompts a set."
         )
         text += [actors_table(result), f"![Accuracy over FLOPs](actors-{file.stem}.png)"]
         text.append(provenance({file.stem: {first["seed"]: result}}))
@@ -433,16 +317,6 @@ def read_part(folder: Path, part, arms) -> dict:
     return found
 
 
-def read_scale(folder: Path) -> dict:
-    """The results of lab/scale.py -> {budget: {arm: {seed: result}}}, in order."""
-    results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    found = {}
-    for result in sorted(results, key=lambda each: (each["budget"], each["arm"], each["seed"])):
-        by_seed = found.setdefault(result["budget"], {}).setdefault(result["arm"], {})
-        by_seed[result["seed"]] = result
-    return found
-
-
 def read_blocks(folder: Path) -> dict:
     """The results of lab/blocks.py -> {(where, when): {seed: result}}, in the order of life."""
     results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
@@ -450,17 +324,6 @@ def read_blocks(folder: Path) -> dict:
     for result in sorted(results, key=lambda each: (each["where"], WHEN.index(each["when"]), each["seed"])):
         found.setdefault((result["where"], result["when"]), {})[result["seed"]] = result
     return found
-
-
-def provenance(found) -> str:
-    """The commits and machines that the numbers of a section are from. found: {arm: {seed: result}}."""
-    sources = set()
-    for by_seed in found.values():
-        for result in by_seed.values():
-            revision = result["revision"]
-            changed = "+" if revision.endswith("+") else ""
-            sources.add(f"{revision[:10]}{changed} on {result['machine']}")
-    return f"Measured at {'; '.join(sorted(sources))}."
 
 
 def heading(results, found, parts) -> list[str]:
@@ -485,7 +348,9 @@ def write_report(folder: Path, parts) -> str:
     if there are no results."""
     found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
-    scale = read_scale(folder / "scale")
+    scale = []
+    for each in sorted(path for path in folder.glob("scale*") if path.is_dir()):
+        scale += scale_section(each)
     blocks = read_blocks(folder / "blocks")
     if not (results or scale or blocks):
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
@@ -505,8 +370,7 @@ def write_report(folder: Path, parts) -> str:
         text += rates_section(found["rates"])
     if found["table"]:
         text += table_section(found["table"])
-    if scale:
-        text += scale_section(scale, folder)
+    text += scale
     if blocks:
         text += blocks_section(blocks, folder)
     text += actors_section(folder)

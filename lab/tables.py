@@ -55,3 +55,14 @@ def spread(values, digits=3) -> str:
     if len(values) > 1:
         text += f" ± {stdev(values):.{digits}f}"
     return text
+
+
+def provenance(found) -> str:
+    """The commits and machines that the numbers of a section are from. found: {arm: {seed: result}}."""
+    sources = set()
+    for by_seed in found.values():
+        for result in by_seed.values():
+            revision = result["revision"]
+            changed = "+" if revision.endswith("+") else ""
+            sources.add(f"{revision[:10]}{changed} on {result['machine']}")
+    return f"Measured at {'; '.join(sorted(sources))}."

@@ -19,11 +19,10 @@ from lab.tables import SCORE_COLUMNS, spread
 RULE = (
     "A claim *holds* if the difference is positive in every seed and its mean exceeds twice its standard"
     " error. It is *contradicted* if the same is true with the opposite sign. Otherwise it is *open*. A claim"
-    " with several comparisons holds if all of them hold, and one that is contradicted contradicts it."
+    " with several comparisons holds if all of them hold. It is contradicted if one of them is. *A over B* is"
+    " the score of A minus that of B, or the loss of B minus that of A: positive if A is better. `basic` has"
+    " clips of one actor, `rich` of one to three."
 )
-NEVER, SCRATCH = "never grown", "large from scratch"
-EXTRA = "large from scratch, additional compute"  # as much as HALFWAY spends after growth
-HALFWAY = "doubled at 50 %"
 
 # Claims, each with the comparisons that must all hold: "better arm > worse arm: what is measured".
 # That is the loss on rich or basic when the budget is spent, the loss on basic after equally many steps, the
@@ -162,13 +161,15 @@ def spike(result, reference, steps=50) -> float | None:
 
 
 def steps_to_mix(result, reference, window=10) -> int | None:
-    """The first step from which the mean loss gap to another arm, over `window` entries of the curve, is
-    negative; None if there is none."""
+    """The first step from which on the mean loss gap to another arm, over `window` entries of the curve, is
+    negative; None if it is not at the end."""
     found = loss_gaps(result, reference)
-    for i in range(len(found) - window + 1):
-        if mean(gap for _, gap in found[i : i + window]) < 0:
-            return found[i][0]
-    return None
+    first = None
+    for i in reversed(range(len(found) - window + 1)):
+        if mean(gap for _, gap in found[i : i + window]) >= 0:
+            break
+        first = found[i][0]
+    return first
 
 
 def first_reached(points, value) -> float | None:
@@ -204,76 +205,6 @@ def since_growth(arm, seed, by_arm, starts):
             break
         curve = by_arm[arm][seed]["curve"] + curve
     return result | {"curve": curve}
-
-
-# --------------------------------------------------------------------------------------------------------
-# Numbers of several budgets (lab/scale.py). found: {budget: {arm: {seed: result}}}
-
-
-def final_losses(found, arm, seed) -> list[tuple[float, float]]:
-    """[(FLOPs, final loss)] of an arm, for each budget that this seed has."""
-    points = []
-    for arms in found.values():
-        if seed in arms.get(arm, {}):
-            _, flops, loss = loss_curve(arms[arm][seed], "val_loss")[-1]
-            points.append((flops, loss))
-    return points
-
-
-def flops_for(points, loss) -> float | None:
-    """The FLOPs for which [(FLOPs, loss)] comes down to `loss`, on the power law between neighbours; None if
-    it never does, or is lower from the start: how much lower the FLOPs could be is not known then."""
-    if not points or points[0][1] < loss:
-        return None
-    reached = first_reached([(math.log(x), math.log(y)) for x, y in points], math.log(loss))
-    return None if reached is None else math.exp(reached)
-
-
-def equal_loss_ratio(found, budget, arm, other, seed) -> float | None:
-    """How many times the FLOPs of an arm another one needs for the same loss: the final loss of the arm with
-    this budget, or if the other one never has that, the final loss of the other one. None if no budget tells,
-    or one of the two results is not there."""
-    pair = [found[budget].get(name, {}).get(seed) for name in (arm, other)]
-    if None in pair:
-        return None
-    (_, flops, loss), (_, other_flops, other_loss) = (loss_curve(each, "val_loss")[-1] for each in pair)
-    needed = flops_for(final_losses(found, other, seed), loss)
-    if needed is not None:
-        return needed / flops
-    needed = flops_for(final_losses(found, arm, seed), other_loss)
-    return None if needed is None else other_flops / needed
-
-
-def crossing(found, arm, other, seed) -> float | None:
-    """From how many FLOPs on the final loss of an arm is lower than that of another one, by the budgets that
-    both have; 0 if it is from the smallest on, None if it never is. Between two budgets the difference is
-    taken as straight over the logarithm of the FLOPs."""
-    gaps = []
-    for arms in found.values():
-        if seed in arms.get(arm, {}) and seed in arms.get(other, {}):
-            mine, theirs = (loss_curve(arms[name][seed], "val_loss")[-1] for name in (arm, other))
-            gaps.append((math.log(mine[1]), mine[2] - theirs[2]))
-    if not gaps:
-        return None
-    if gaps[0][1] < 0:
-        return 0.0
-    reached = first_reached(gaps, 0.0)
-    return None if reached is None else math.exp(reached)
-
-
-def steps_to_cross(result, reference) -> int | None:
-    """The first step since its growth from which a model has a lower validation loss than `reference` at
-    equal FLOPs; None if there is none. Points are those of its curve; `reference` is straight between its
-    own, over the logarithm of the FLOPs."""
-    curve = [point for point in loss_curve(reference, "val_loss") if point[1] > 0]
-    flops = np.log([point[1] for point in curve])
-    losses = [point[2] for point in curve]
-    first = None
-    for step, spent, loss in reversed(loss_curve(result, "val_loss")):
-        if loss >= np.interp(np.log(spent), flops, losses):
-            break
-        first = step
-    return first
 
 
 # --------------------------------------------------------------------------------------------------------

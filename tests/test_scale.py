@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import train_without_pictures
-from lab import report, scale, study, verdicts
+from lab import report, scale, study, window
 from text_encoder import Prompts
 
 FEW = (
@@ -194,135 +194,6 @@ def test_clips_for_a_budget(monkeypatch, capsys):
 # --------------------------------------------------------------------------------------------------------
 # The report
 
-BUDGETS = (1, 4, 16, 64)
-
-
-def made_up(arm, seed, budget, loss, base=0.0, curve=()):
-    """A result with a final loss, and other points [(step, FLOPs, loss)] before it."""
-    points = [*curve, (100, 100.0 * budget, loss)]
-    keys = ("step", "flops", "val_loss")
-    result = {"arm": arm, "seed": seed, "budget": budget, "arguments": ["--clips", "9", "--batch", "2"]}
-    result |= {"revision": "abc", "machine": "m", "tokens": 5000 * budget, "parameters": 1000}
-    result |= {"flops": 100.0 * budget, "base_flops": base * 100 * budget}
-    return result | {"curve": [dict(zip(keys, point, strict=True)) for point in points]}
-
-
-def power_laws(seeds=(0,)):
-    """With C FLOPs, never growing has the loss 8 C^-0.2, growing 0.8 times as much, and the large model from
-    scratch 16 C^-0.3, which is lower from 1024 FLOPs on -> {budget: {arm: {seed: result}}}."""
-    found = {}
-    for budget in BUDGETS:
-        arms = found[budget] = {}
-        for seed in seeds:
-            flops = 100.0 * budget
-            factor = 1 + 0.01 * seed
-            losses = {
-                "never grown": 8 * flops**-0.2,
-                "large from scratch": 16 * flops**-0.3,
-                "doubled at 50 %": 6.4 * flops**-0.2,
-                "large from scratch, additional compute": 16 * (flops / 2) ** -0.3,
-            }
-            for arm, loss in losses.items():
-                base = 0.5 if "doubled" in arm else 0.0
-                curve = [(0, base * flops or 1e-9, 9.0), (50, 0.75 * flops, loss + 1)]
-                result = made_up(arm, seed, budget, factor * loss, base, curve)
-                arms.setdefault(arm, {})[seed] = result
-    return found
-
-
-def test_flops_for_a_loss():
-    """On a power law the interpolation is exact. Nothing is said outside of the points."""
-    points = [(10.0**k, 3 * 10 ** (-0.1 * k)) for k in range(4)]
-    for flops in (1.0, 7.0, 500.0, 1000.0):
-        assert verdicts.flops_for(points, 3 * flops**-0.1) == pytest.approx(flops)
-    assert verdicts.flops_for(points, 3.1) is None  # lower from the start
-    assert verdicts.flops_for(points, 1.4) is None and verdicts.flops_for([], 2) is None
-
-
-def test_ratio_of_flops_at_equal_loss():
-    """0.8 of the loss are 0.8^-5 = 3.05 times fewer FLOPs, by the other arm's budgets or by its own."""
-    found = power_laws()
-    for budget in BUDGETS:
-        pair = "doubled at 50 %", "never grown"
-        assert verdicts.equal_loss_ratio(found, budget, *pair, 0) == pytest.approx(0.8**-5)
-        assert verdicts.equal_loss_ratio(found, budget, *pair[::-1], 0) == pytest.approx(0.8**5)
-        needed = (16 / 8 * (100 * budget) ** 0.2) ** (1 / 0.3)  # 16 C^-0.3 = 8 (100 budget)^-0.2
-        ratio = verdicts.equal_loss_ratio(found, budget, "never grown", "large from scratch", 0)
-        if 100 <= needed <= 6400:
-            assert ratio == pytest.approx(needed / (100 * budget))
-    only = {1: found[1]}
-    assert verdicts.equal_loss_ratio(only, 1, *pair, 0) is None  # one budget tells nothing
-    assert verdicts.equal_loss_ratio(found, 1, *pair, 5) is None
-    assert report.ratio_cell(found, 4, *pair) == "3.05 (6.10)"  # without the base it spends half as much
-    assert report.ratio_cell(found, 4, *pair[::-1]) == "0.33"
-    assert report.ratio_cell(found, 4, "never grown", "never grown") == ""
-
-
-def test_crossing():
-    """The gap is straight over the logarithm: zero half-way between 400 and 1,600."""
-    found = {}
-    for i, budget in enumerate(BUDGETS):
-        found[budget] = {
-            "a": {0: made_up("a", 0, budget, 1.0 - 0.1 * (i - 1.5))},
-            "b": {0: made_up("b", 0, budget, 1.0)},
-        }
-    assert verdicts.crossing(found, "a", "b", 0) == pytest.approx(800)
-    assert verdicts.crossing(found, "b", "a", 0) == 0
-    without = found | {64: {"a": {}, "b": found[64]["b"]}}  # a run that is not there yet
-    assert verdicts.crossing(without, "a", "b", 0) == pytest.approx(800)
-    found[64]["a"][0]["curve"][-1]["val_loss"] = found[16]["a"][0]["curve"][-1]["val_loss"] = 2.0
-    assert verdicts.crossing(found, "a", "b", 0) is None and verdicts.crossing(found, "a", "b", 1) is None
-    assert [report.crossing_word(flops) for flops in (800.0, 0.0, None)] == ["8e+02", "always", "never"]
-
-
-def test_steps_to_cross():
-    never = made_up("never grown", 0, 1, 2.0, curve=[(0, 0.0, 9.0), (1, 1.0, 4.0), (2, 10.0, 3.0)])
-    grown = [(0, 10.0, 3.0), (1, 10**1.5, 2.4), (2, 50.0, 2.4), (3, 60.0, 2.1), (4, 70.0, 2.1)]
-    assert verdicts.steps_to_cross(made_up("a", 0, 1, 1.9, curve=grown), never) == 3  # 2.22 at 60
-    assert verdicts.steps_to_cross(made_up("a", 0, 1, 2.1, curve=grown), never) is None
-    assert verdicts.steps_to_cross(made_up("a", 0, 1, 1.9, curve=[(0, 10.0, 3.0)]), never) == 100
-
-
-@pytest.fixture
-def scale_report(tmp_path):
-    """A report on power laws of three seeds -> (its text, the folder)."""
-    (tmp_path / "scale").mkdir()
-    for arms in power_laws((0, 1, 2)).values():
-        for by_seed in arms.values():
-            for result in by_seed.values():
-                name = f"{result['budget']}-{result['arm']}-{result['seed']}.json"
-                (tmp_path / "scale" / name).write_text(json.dumps(result))
-    return report.write_report(tmp_path, study.PARTS), tmp_path
-
-
-def test_tables_of_the_report(scale_report):
-    text, _ = scale_report
-    loss = 8 * 1600**-0.2
-    low, high = 0.8 * loss, 0.8 * loss * 1.02
-    gain = f"{0.2 * loss * 1.01:.4f} ± {0.2 * loss * 0.01:.4f} (holds)"
-    row = next(line for line in text.split("Budget 16 ")[1].splitlines() if line.startswith("| doubled"))
-    assert f"| doubled at 50 % | 100 | {(low + high) / 2:.4f} ± {0.008 * loss:.4f} | {gain} | " in row
-    assert "| 3.05 ± 0.00 (6.10 ± 0.00) | " in row and row.endswith(" | 50, 50, 50 | 80 |")
-    assert "| doubled at 50 % | always, always, always | always, always, " in text
-    gaps = [8 * c**-0.2 - 16 * c**-0.3 for c in (400, 1600)]
-    flops = math.exp(math.log(400) + math.log(4) * gaps[0] / (gaps[0] - gaps[1]))
-    assert f"| large from scratch | {', '.join([f'{flops:.2g}'] * 3)} |  |" in text
-    gain = 1.01 * (16 * 800**-0.3 - 6.4 * 1600**-0.2)
-    assert f"The first one's loss is lower by {gain:.4f} ± {gain / 101:.4f} (holds)." in text
-    assert "Measured at abc on m." in text and "Mean ± standard" not in text
-
-
-def test_the_report_reproduces_byte_for_byte(scale_report):
-    text, folder = scale_report
-    names = ("README.md", "scale.png", "window.png")
-    before = [(folder / name).read_bytes() for name in names]
-    assert report.write_report(folder, study.PARTS) == text
-    assert [(folder / name).read_bytes() for name in names] == before
-    for file in (folder / "scale").glob("*"):
-        file.unlink()
-    with pytest.raises(FileNotFoundError, match="no results"):
-        report.write_report(folder, study.PARTS)
-
 
 def test_a_report_of_what_is_there(whole, quick, tmp_path):
     """Results of the command itself, of few budgets and one seed, or without *never grown*."""
@@ -331,7 +202,7 @@ def test_a_report_of_what_is_there(whole, quick, tmp_path):
         (tmp_path / "scale" / name).write_bytes(content)
     text = report.write_report(tmp_path, study.PARTS)
     for arm in FEW:
-        assert text.count(f"| {arm} |") == (2 if arm == verdicts.EXTRA else 3)
+        assert text.count(f"| {arm} |") == (2 if arm == window.EXTRA else 3)
     for name in whole:
         if "never" in name or name.startswith("2-large"):
             (tmp_path / "scale" / name).unlink()

@@ -332,6 +332,7 @@ def test_spike_and_mixing():
     better = growth_result("insert", 0, [2.9, 1.9, 1.9], 1)
     assert verdicts.spike(grown, large) == pytest.approx(-1) and verdicts.spike(better, better) == 0
     assert verdicts.steps_to_mix(better, grown) == 10 and verdicts.steps_to_mix(large, grown) is None
+    assert verdicts.steps_to_mix(growth_result("insert", 0, [2.9, 3, 3], 1), grown) is None  # only at first
     without = {**large, "curve": [entry for entry in large["curve"] if "loss" not in entry]}
     assert verdicts.spike(without, large) is None and verdicts.steps_to_mix(without, large) is None
 
