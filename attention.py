@@ -2,9 +2,9 @@
 
     attention(q, k, v) = softmax(q k^T / sqrt(d)) v
 
-Everything a transformer knows about space, time and language goes through this line. Each query is compared
-with all keys, the softmax turns the scores into weights that sum to one, and the values are averaged with
-these weights. The scale 1/sqrt(d) keeps the variance of q k^T at one when the entries of q and k have
+Only through this line does information pass from one token of a transformer to another. Each query is
+compared with all keys, the softmax turns the scores into weights that sum to one, and the values are averaged
+with these weights. The scale 1/sqrt(d) keeps the variance of q k^T at one when the entries of q and k have
 variance one.
 
 Three backends compute the same function. `eager` is the maths, written out: read this one first. It stores
@@ -18,7 +18,7 @@ training in bfloat16 on a CPU with at most 256 keys uses `eager`, because the fu
 keys, tile by tile, with three running values per query: the largest score m so far, the sum l of
 exp(score - m), and the sum of the values weighted by exp(score - m). When a larger m turns up, what was
 summed is multiplied by exp(m_old - m_new): the online softmax. At the end the weighted sum over l is the
-result. The logarithm of the sum of exponentials, m + log l, is kept, one number per query.
+result. The log-sum-exp, m + log l, is kept: one number per query.
 
 **Its backward** needs the weights again, and recomputes them: with that number p = exp(score - m - log l) is
 one exponential, cheaper than reading N x L weights from slow memory. With o the output and do its gradient,
@@ -33,7 +33,7 @@ the exponent, where one instruction multiplies and adds. Products are of the ten
 in float32. Masked keys and those beyond the end get the score -inf.
 
 **What makes it fast.** The sizes of the tiles decide how much fast memory and how many registers a program
-needs, hence how many programs run at once and hide each other's waiting. The best sizes depend on the GPU,
+needs, hence how many programs run at once and hide the latency of memory. The best sizes depend on the GPU,
 the head size and the pass, so they stand in a table. Where the lengths are multiples of the tiles, nothing
 is masked. Queries, keys and values are read in place, through their strides. The kernel for dq computes the
 sum of do * o, since it loads both, and the kernel for dk and dv reads it.

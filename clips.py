@@ -25,8 +25,8 @@ reason.
 and text files that could be meant as captions but are not read.
 
 **Validation** is on a tenth of the files (`--validation`), chosen by a hash of their names. Clips of one film
-never fall on both sides, and a file stays on its side when others are added. If one side is empty, both are
-the whole.
+never fall on both sides, and a file stays on its side when others are added. If one side is empty, both have
+all files.
 
 Left out: buckets of several shapes, captions by a multimodal LLM, archives, remote files.
 """

@@ -10,9 +10,9 @@ background, a camera and a seed. The seed decides what the other fields do not s
 and which words the caption uses.
 
 **Two sets.** Scenes of `basic` have one actor, for the pre-training of a base model. Scenes of `rich` have
-several actors, relations, counts, changes and camera moves, for the training of grown models: ModelGrow
-(arXiv 2412.18966, section on data) also continues with longer, more detailed captions than those of its base.
-`both` alternates between the two, so that nothing is forgotten.
+one to three actors, perhaps with relations, counts, changes and camera moves, for the training of grown
+models: ModelGrow (arXiv 2412.18966, section on data) also continues with longer, more detailed captions than
+those of its base. `both` alternates between the two, so that nothing is forgotten.
 
 **Held-out.** Three fixed lists make generalization measurable:
 - `HELD_OUT_PAIRS` of kind and motion never occur together in training. A cat never surfs.

@@ -10,9 +10,9 @@ of pictures is a video too, with one frame for each picture.
 **What is not believed.** A header may announce a billion frames, or a picture as large as a field. A playlist
 may call itself a video and name other files. Decoders are large C programs with bugs. Therefore sizes are
 checked before anything is decoded, only four container formats are opened, and no more is read than is used.
-The processes have limited memory, and a limited time for each file. One that crashes or hangs makes one bad
-file: the pool (pebble) replaces it. One that waits for work ends when its parent is gone, since its pipe is
-closed; one that hangs at that time ends by its own watchdog.
+The processes of the pool (pebble) have limited memory, and a limited time for each file. A process that
+crashes or hangs costs one bad file, and the pool replaces it. If the parent dies, idle processes end because
+their pipe closes, and a process that hangs is ended by its own watchdog.
 
 Large projects decode while they train. Here every file is decoded once, before training, and clips.py keeps
 the pixels. Left out: sound, non-square pixels, HDR, detection of scene cuts (a clip may span one).

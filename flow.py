@@ -35,8 +35,8 @@ adds:
 
     x = x_uncond + guidance (x_cond - x_uncond)
 
-Guidance 1 means none. It acts within an interval of timesteps only (arXiv 2404.07724): near t = 0 it reduces
-variety, near t = 1 it changes nothing and costs time.
+Guidance 1 means none. It acts within an interval of timesteps only (arXiv 2404.07724), here t <= 0.6. Near
+t = 1 it changes nothing and costs time. The paper also leaves out small t, where guidance reduces variety.
 
 Left out: other paths than the straight line, other predictions than the clip, pairing of noise with clips,
 distilled and adaptive solvers, negative prompts, image conditioning.

@@ -38,13 +38,13 @@ GELU, and attention, which has n times as many heads of the same size. Equal hal
 would stay equal, and the model would be wide in name only. `noise` breaks the symmetry and cancels in the
 sum: [W/n + E, W/n - E] (for n > 2: n matrices that add up to zero).
 
-**The optimizer state** grows by the same map (`grow_state`). A parameter that the base had keeps its AdamW
-moments and its step count. A new parameter has no moments and begins at step 0. If its moments were zero and
-its step count old, Adam would not correct their bias towards zero. The first update would then be (1 - beta1)
-/ sqrt(1 - beta2) times the right length: 3.2 with beta2 = 0.999, 0.45 with the 0.95 of train.py. In width, n
-duplicates of an output share its gradient. So exp_avg is divided by n and exp_avg_sq by n^2 wherever rows are
-duplicated, which is everywhere but in the last map. This ignores the noise. The EMA is grown by the operator
-itself, with the same random numbers.
+**The optimizer state** grows too (`grow_state`). A parameter that the base had keeps its AdamW moments and
+its step count, but for the patch maps after `--patch`. A new parameter has no moments and begins at step 0.
+If its moments were zero and its step count old, Adam would not correct their bias towards zero. The first
+update would then be (1 - beta1) / sqrt(1 - beta2) times the right length: 3.2 with beta2 = 0.999, 0.45 with
+the 0.95 of train.py. In width, n duplicates of an output share its gradient. So exp_avg is divided by n and
+exp_avg_sq by n^2 wherever rows are duplicated, which is everywhere but in the last map. This ignores the
+noise. The EMA is grown by the operator itself, with the same random numbers.
 
 Left out: zero-padded width (inexact through LayerNorm), learned maps (LiGO), larger heads (inexact through
 rotary positions and qk-norm), growth by fractions.
@@ -333,7 +333,8 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line. Raises ValueError for options of a growth that is not asked for."""
-    about = "Grow a checkpoint, in the order of this list, and prove it. Without a growth, print its history."
+    about = "Grow a checkpoint, in the order of the options below, and compare both outputs. Without a"
+    about += " growth, print its history."
     about += " For a folder of diffusers, `python grow.py FOLDER --help` shows the options."
     parser = argparse.ArgumentParser(description=about)
     option = parser.add_argument
@@ -341,9 +342,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     option("--merge", action="store_const", const=True, help="add the product of adapters to the weights")
     option("--depth", choices=WHERE, help="more blocks, and where they go")
     option("--add", type=int, help="for --depth: blocks to add [as many as there are]")
-    option("--group", type=int, help="for --depth insert: blocks per group or more [as few as possible]")
+    option("--group", type=int, help="for --depth insert: least blocks of a group [as few as possible]")
     option("--zero", choices=ZEROS, help="for --depth: which factor of the copies is zero [gate]")
-    option("--patch", type=int, metavar="FACTOR", help="times as many pixels a side, in as many patches")
+    option("--patch", type=int, metavar="FACTOR", help="larger patches: FACTOR times the pixels a side")
     option("--frames", type=int, help="frames of a clip")
     option("--size", type=int, help="height and width of a clip in pixels")
     option("--width", type=int, metavar="FACTOR", help="times as many channels and heads")

@@ -16,8 +16,8 @@ fits, and fetches rows ahead of their step if it does not, so that the device ne
 running them. `GraphedStep` records them once as a CUDA graph and launches that.
 
 **Errors.** ValueError and OSError are errors of the user: a wrong option, a missing file. `run_command`
-prints them as one line and ends with status 2. Everything else is a bug and keeps its traceback. A line that
-cannot be printed is not an error: see `SafeOutput`.
+prints them as one line and ends with status 2. So it does when memory runs out. Everything else is a bug and
+keeps its traceback. A line that cannot be printed is not an error: see `SafeOutput`.
 
 Left out: logging levels, configuration files, environment switches other than MODELGROW_CACHE.
 """
@@ -80,7 +80,7 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 def keep_freed_memory():
     """Let glibc keep the memory that this process frees. By default it goes back to the system at the end of
     a training step and is asked for again in the next one, page by page: up to 9,000 page faults in a step of
-    `tiny` on a CPU, which then takes 2 to 7 % longer. Other C libraries stay as they are."""
+    `tiny` on a CPU (docs/speed.md has the time). Other C libraries stay as they are."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never give back the end of the heap

@@ -3,9 +3,10 @@
 **Data parallel** (`DistributedDataParallel`). Every process holds the model and draws the same rows,
 timesteps and noise for a step (train.py), but computes only its share of the batch. The gradients are
 averaged over the processes during the backward pass. The shares are equal, so the losses are those of one
-process, but for the order of sums. Nothing random belongs to a process: more or fewer may resume a run.
+process, but for the order of sums. Nothing random depends on the rank, so a run may resume with another
+number of processes.
 
-**Sharded** (`--shard`, FSDP2's `fully_shard`). Each process keeps a slice of every parameter, gradient,
+**Sharded** (`--shard`, FSDP2's `fully_shard`). Each process keeps a shard of every parameter, gradient,
 optimizer state and EMA. A block's parameters are gathered for its turn and dropped afterwards.
 
 Process 0 alone prints and writes. Left out: tensor, pipeline and sequence parallelism.

@@ -1,4 +1,4 @@
-"""The proof of a growth: how large two models are, and how much their outputs differ.
+"""The check of a growth: how large two models are, and how much their outputs differ.
 
 grow.py prints it before it writes a grown checkpoint. Random clips, timesteps and prompts are enough: a new
 branch that is not zero changes every output. The models are those of the checkpoint, so the proof does not

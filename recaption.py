@@ -1,8 +1,8 @@
 """Re-captioning: the LLM rewrites a short prompt in more detail, and the reply is checked.
 
 A model that was trained on detailed captions is asked with short prompts. ModelGrow (arXiv 2412.18966, figure
-2) lets the LLM that reads the prompt bridge that gap (`sample.py --recaption`). It gets ModelGrow's
-instruction and three examples, and its reply has to begin with the prompt itself:
+2) lets the LLM that reads the prompt bridge that gap (`sample.py --recaption`). The LLM gets ModelGrow's
+instruction, in our words, and three examples. Its reply has to begin with the prompt itself:
 
     user       Rewrite the prompt ...  Prompt: two children flying a kite
     assistant  two children flying a kite on a wide grassy hill. ...

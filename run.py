@@ -10,8 +10,7 @@ A checkpoint is a directory:
 
 A new one is first written under another name and then renamed, so after a kill it is complete or does not
 exist, but is never half written. The files hold tensors and JSON and no code, unlike a pickle, which may run
-anything when it is opened. A header may come from anywhere, so `load_model` checks all that others read of
-it.
+anything when it is opened. A header may come from anywhere, so `load_model` checks every entry that is used.
 
 A run is a directory too: checkpoint/, metrics.jsonl, loss.png, samples/step_N.gif, args.json, lock; with
 --keep the EMA weights of every validation, step_N/; and evaluation.json, from lab/evaluate.py. `Run` is such

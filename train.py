@@ -1,16 +1,16 @@
-"""The training loop: from noise, or from a trained model that continues, to a run.
+"""The training loop, for new models and for further training of a checkpoint.
 
 **The loop.** Rectified flow (flow.py) with AdamW; a learning-rate schedule of warmup, stable and decay (a
 plateau can be continued or grown from, a cosine cannot); gradients clipped to norm 1; an exponential moving
 average (EMA) of the weights, which is sampled, evaluated and grown; products in bfloat16 where that is fast.
 
-**Captions are dropped.** One in ten is replaced by the null prompt, which classifier-free guidance needs. A
-model with an LLM branch loses half of them in the small text encoder alone (--drop-text): if that explains a
-caption already, the new branch gets almost no gradient and its gate stays closed.
+**Captions are dropped.** One in ten is replaced by the null prompt, which classifier-free guidance needs.
+With an LLM branch, half of the captions are also hidden from the small text encoder (--drop-text). Otherwise
+the new branch gets almost no gradient and its gate stays closed.
 
 **Randomness by number.** The rows, timesteps, noise and dropped captions of a step are functions of (seed,
-step) alone. Rows are drawn on the CPU, all else on the training device. A resumed run draws what it would
-have drawn.
+step) and the type of the device. Rows are drawn on the CPU, all else on the training device. A resumed run
+draws what it would have drawn.
 
 **Nothing waits for the CPU.** Clips (bytes) and caption features lie on the training device if they fit. The
 loop looks at a loss every tenth step only. On a GPU the step is recorded as a CUDA graph (machine.py).
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--llm", default="smollm2", help="with --grow llm: smollm2, a directory or a Hub id (smollm2)")
     add("--llm-features", default="last", choices=LLM_LAYERS, help="with --grow llm: which layers (last)")
     add("--drop-text", type=float, default=TEXT_DROPOUT, help="share of captions only an LLM reads (0.5)")
-    add("--tune", choices=("all", "new", "lora"), help="train all, what is new, or adapters (all)")
+    add("--tune", choices=("all", "new", "lora"), help="all, what is new, or adapters (all, or lora)")
     add("--rank", type=int, default=8, help="of the adapters of --tune lora (8)")
     add = parser.add_argument_group("how long and how").add_argument
     add("--steps", type=int, help="optimizer steps (6000; 1200 with --from)")
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="clips per step (32; on a GPU as many of these as fit, 16 for base)")
     add("--lr", type=float, help="peak learning rate (as the base, or 3e-3 at width 128, less when wider)")
     add("--warmup", type=int, default=100, help="steps from zero, or the base's last rate, to the peak (100)")
-    add("--decay", type=float, default=0.3, help="last share of the run that decays to zero; 0: none (0.3)")
+    add("--decay", type=float, default=0.3, help="last share of the run, in which the rate falls to 0 (0.3)")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights (0.998)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (0)")
     add("--every", type=int, default=1500, help="steps between samples, validation and checkpoint (1500)")
@@ -99,13 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="20 steps, nano if new: see that all works, learn nothing (off)")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
-    add("--resume", action="store_true", help="continue the run in --out with its options, not --shard (off)")
+    add("--resume", action="store_true", help="continue the run in --out, with its options but --shard (off)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, mps, ... (auto)")
     add("--precision", default="auto", choices=("auto", *PRECISIONS), help="(auto: bf16 where it is fast)")
     add("--attention", default="auto", choices=BACKENDS, help="backend of attention.py (auto)")
     add("--accumulate", type=int, default=1, help="parts that a batch is cut into, to save memory (1)")
     add("--checkpoint-activations", action="store_true", help="save memory, compute a third more (off)")
-    add("--shard", action="store_true", help="with torchrun: cut the model into slices (off)")
+    add("--shard", action="store_true", help="with torchrun: shard parameters and optimizer state (off)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, with a C++ compiler)")
     return parser
 

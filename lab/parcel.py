@@ -1,4 +1,4 @@
-"""What is measured on a borrowed GPU, in a few small files, and back in its places.
+"""Results of a machine that keeps nothing: packed into a few small files, and unpacked at home.
 
 lab/on_gpu.sh trains and scores on a machine that keeps nothing. `python -m lab.parcel OUT RUN ...` leaves
 there what is worth keeping, and `python -m lab.study --take OUT` puts it into the repository at home:
@@ -46,11 +46,11 @@ def take(out: Path, home: Path = HOME) -> list[Path]:
     there is no parcel."""
     if not (out / "results.tar.gz").is_file():
         raise FileNotFoundError(f"{out} has no results.tar.gz: lab/on_gpu.sh writes one")
-    if (out / "model.safetensors").is_file():  # the scores are those of the model before
-        (home / "results" / "pretrained" / "evaluation.json").unlink(missing_ok=True)
     with tarfile.open(out / "results.tar.gz") as tar:
+        written = [home / "results" / name for name in tar.getnames()]  # a damaged parcel ends here
+        if (out / "model.safetensors").is_file():  # the scores are those of the model before
+            (home / "results" / "pretrained" / "evaluation.json").unlink(missing_ok=True)
         tar.extractall(home / "results", filter="data")  # nothing outside of the folder, no links, no devices
-        written = [home / "results" / name for name in tar.getnames()]
     for name, folder in (("model.safetensors", "pretrained"), ("samples.gif", "assets")):
         if (out / name).is_file():
             written.append(Path(shutil.copy(out / name, home / folder / name)))

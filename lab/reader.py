@@ -2,8 +2,8 @@
 
 The labels of every clip of the toy world are known, so a small network can be trained to recover them: the
 *reader*. It takes the place of the detectors, trackers and multimodal LLMs of VBench (arXiv 2311.17982) and
-T2V-CompBench (arXiv 2407.14505). Unlike theirs, its error is known: lab/evaluate.py lets it judge only after
-it has read at least 98 % of every attribute of held-out true clips right.
+T2V-CompBench (arXiv 2407.14505). Unlike theirs, its error is known: lab/evaluate.py requires 98 % for each
+attribute of held-out true clips of one actor, and reports what it reads of several actors.
 
 **Network.** The frames are stacked as channels, so the first convolution already sees motion. For each of the
 eight kinds of actor a map says where in the picture that kind is, and its softmax pools the features there.

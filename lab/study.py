@@ -1,8 +1,8 @@
 """The study: the claims of the paper, tested at a scale that a laptop can afford. `python -m lab.study`
 
 ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks (expansion), and
-expansion with a language model. This study has six parts. Each has a base per seed, from which its arms
-continue:
+expansion with a language model. This study has six parts. In most of them the arms of a seed continue from
+one base:
 
 **language** - does a language model help? Every arm continues for as many steps on the same clips and
 captions in the same order, with or without a branch that reads the hidden states of an LLM. Half of the
@@ -64,7 +64,7 @@ from lab.reader import Reader, get_reader
 from lab.report import LOSS_ONLY, write_report
 from lab.tables import score_table
 from machine import pick_device, run_command
-from run import load_checkpoint, load_model
+from run import load_checkpoint, load_model, write_atomically
 from text_encoder import Prompts
 from train import parse_arguments, train
 from video import save_grid, to_uint8
@@ -366,9 +366,7 @@ def run_arm(study: Study, part, arm, seed) -> dict:
         )
     result["curve"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(result))
-    new.replace(file)
+    write_atomically(file, json.dumps(result))
     return result
 
 

@@ -108,7 +108,7 @@ def test_on_gpu_runs_at_tiny_sizes_on_a_cpu(tmp_path):
     assert runs == ["pretrained-base"] * 3 + ["pretrained"] * 3
     with tarfile.open(tmp_path / "results.tar.gz") as tar:
         names = tar.getnames()
-    assert any(name.startswith("scale/") for name in names) and "pretrained/evaluation.json" in names
+    assert any(name.startswith("scale-on-a-gpu/") for name in names) and "pretrained/evaluation.json" in names
     again = call()
     assert again.returncode == 0 and "train.py" not in again.stdout
     assert subprocess.run([*command[:3], "--nonsense"], cwd=REPOSITORY, capture_output=True).returncode == 2
