@@ -19,7 +19,6 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from flow import GUIDANCE, GUIDANCE_INTERVAL, STEPS, solve
 from machine import autocast, decode_text, pick_device, pick_precision, run_command
 from recaption import recaption
 from run import load_model, newest_checkpoint
-from text_encoder import NULL_PROMPT, cached_features, encoders_of, make_encoder
+from text_encoder import NULL_PROMPT, LanguageModel, Prompts
 from video import to_uint8, write_video
 
 BATCH = 16  # clips that are drawn at the same time
@@ -95,8 +94,9 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
-def recaptioned(llm, prompts: list[str]) -> list[str]:
-    """Each prompt with the LLM's re-caption after it, or if none is faithful, the prompt alone."""
+def recaptioned(prompts: list[str], metadata, device) -> list[str]:
+    """Each prompt with a re-caption by the model's LLM after it, or if none is faithful, the prompt alone."""
+    llm = LanguageModel(metadata["llm"], metadata["llm_features"], device)
     texts = []
     for prompt in tqdm(prompts, "re-captioning"):
         reply, reason = recaption(llm, prompt)
@@ -105,49 +105,26 @@ def recaptioned(llm, prompts: list[str]) -> list[str]:
     return texts
 
 
-class Conditions(NamedTuple):
-    """Features and masks of the prompts and of the null prompt."""
-
-    prompt: list[torch.Tensor]  # features (B, L, D) and mask (B, L) of each text encoder
-    null: list[torch.Tensor]  # of the null prompt, (1, L', D) and (1, L')
-    llm_texts: list[str]  # what the LLM read: the prompts, perhaps with re-captions
-
-
-def read_with_encoders(prompts, metadata, llm_dim, recaptioning, device) -> Conditions:
-    """The features of all prompts by all encoders of the model."""
-    texts, prompt, null = prompts, [], []
-    for name, layers in encoders_of(metadata, llm_dim):
-        encoder = None  # not needed for texts that were read before
-        if recaptioning and layers:
-            encoder = make_encoder(name, layers, device)
-            texts = recaptioned(encoder, prompts)
-        features = cached_features(texts, name, layers, encoder, device).to(device)
-        prompt += features.gather(features.rows(texts))
-        null += features.gather(features.rows([NULL_PROMPT]))
-    return Conditions(prompt, null, texts)
-
-
 def initial_noise(seed: int, number: int, shape) -> torch.Tensor:
     """The noise of video `number` of any prompt: --num 4 begins with the videos of --num 2."""
     generator = torch.Generator().manual_seed((seed * 100_003 + number) % 2**63)
     return torch.randn(shape, generator=generator)
 
 
-def draw(model, conditions: Conditions, args, shape, device):
-    """All videos -> (row of the prompt, uint8 (T, H, W, 3)) one after the other."""
-    jobs = [(row, number) for row in range(len(conditions.prompt[0])) for number in range(args.num)]
+def draw(model, prompt, null, args, shape, device):
+    """All videos -> (row of the prompt, uint8 (T, H, W, 3)) one after the other. prompt: features (B, L, D)
+    and mask (B, L) of each text encoder; null: those of the null prompt."""
+    jobs = [(row, number) for row in range(len(prompt[0])) for number in range(args.num)]
     batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
     precision = pick_precision("auto", device)
     with tqdm(total=args.steps * len(batches), desc="sampling", unit="step") as bar:
         for batch in batches:
             rows = torch.tensor([row for row, _ in batch], device=device)
             noise = torch.stack([initial_noise(args.seed, number, shape) for _, number in batch]).to(device)
-            prompt = [tensor[rows] for tensor in conditions.prompt]
+            conditions = [tensor[rows] for tensor in prompt], null
+            guidance = args.guidance, args.interval
             with autocast(device, precision):
-                clips = solve(
-                    model, noise, prompt, conditions.null, args.steps, args.guidance, args.interval,
-                    args.method, bar.update,
-                )  # fmt: skip
+                clips = solve(model, noise, *conditions, args.steps, *guidance, args.method, bar.update)
             for (row, _), frames in zip(batch, to_uint8(clips), strict=True):
                 yield row, frames
 
@@ -196,16 +173,18 @@ def main(argv=None):
     set_attention(model.to(device), args.attention)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    conditions = read_with_encoders(prompts, metadata, model.config.llm_dim, args.recaption, device)
+    texts = recaptioned(prompts, metadata, device) if args.recaption else prompts  # what the LLM reads
+    reader = Prompts([*prompts, *texts], metadata, model.config.llm_dim, device)
+    prompt, null = reader.gather(reader.rows(prompts), reader.rows(texts)), reader.batch([NULL_PROMPT])
     read = time.perf_counter() - START
     used: set[str] = set()
-    for row, clip in draw(model, conditions, args, (3, frames, size, size), device):
+    for row, clip in draw(model, prompt, null, args, (3, frames, size, size), device):
         path = out / unused_name(file_name(prompts[row]), used)
         files = write_video(path, clip, metadata["fps"])
         recaption_file = path.with_name(f"{path.name}.recaption.txt")
         recaption_file.unlink(missing_ok=True)  # of an earlier video of this name
         if args.recaption:
-            recaption_file.write_text(conditions.llm_texts[row] + "\n", "utf-8")
+            recaption_file.write_text(texts[row] + "\n", "utf-8")
         tqdm.write("  ".join(map(str, files)))
     total = time.perf_counter() - START
     print(f"{total:.1f} s: {read:.1f} s until the prompt was read, {total - read:.1f} s to draw and write")

@@ -497,15 +497,15 @@ def write_cache(path: Path, tensors: dict[str, torch.Tensor]):
         new.replace(path)
 
 
-def cached_features(texts, name="minilm", layers=None, encoder=None, device="cpu") -> Features:
+def cached_features(texts, name="minilm", layers=None, device="cpu") -> Features:
     """Features of the texts and of the null prompt, on the CPU. They come from the cache if the same encoder
-    has read the same texts before. Else the encoder reads them on `device`: `encoder` if it is given, or the
-    one that `make_encoder` makes. Raises OSError or ValueError with a one-line message for user errors."""
+    has read the same texts before. Else the encoder reads them on `device`. Raises OSError or ValueError with
+    a one-line message for user errors."""
     texts = sorted({NULL_PROMPT, *texts})
     path = cache_path("features", texts, name, layers)
     if saved := read_cache(path):
         return Features(texts, saved["flat"], saved["lengths"])
-    encoder = encoder or make_encoder(name, layers, device)
+    encoder = make_encoder(name, layers, device)
     notes = truncated(encoder, texts)
     for line in notes[:3]:
         print(f"note: {line}")
