@@ -334,7 +334,7 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line. Raises ValueError for options of a growth that is not asked for."""
     about = "Grow a checkpoint, in the order of the options below, and compare both outputs. Without a"
-    about += " growth, print its history."
+    about += " growth, print its history. The branch for an LLM comes from train.py --grow llm."
     about += " For a folder of diffusers, `python grow.py FOLDER --help` shows the options."
     parser = argparse.ArgumentParser(description=about)
     option = parser.add_argument
@@ -350,7 +350,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     option("--width", type=int, metavar="FACTOR", help="times as many channels and heads")
     option("--mlp", type=int, metavar="FACTOR", help="times as many hidden neurons in every MLP")
     option("--noise", type=float, help="for --width and --mlp: makes duplicates differ [1]")
-    option("--llm", type=int, metavar="DIM", help="cross-attention to DIM channels of an LLM in every block")
     option("--lora", type=int, metavar="RANK", help="adapters beside frozen weights")
     option("--out", help="run directory for the grown checkpoint; without it nothing is written")
     args = parser.parse_args(argv)
@@ -375,7 +374,6 @@ def requested_growths(args: argparse.Namespace, depth: int) -> list[tuple[str, d
         ("resolution", resolution, {"frames": args.frames, "size": args.size}),
         ("width", args.width, {"factor": args.width, "noise": noise}),
         ("mlp", args.mlp, {"factor": args.mlp, "noise": noise}),
-        ("llm", args.llm, {"llm_dim": args.llm}),
         ("lora", args.lora, {"rank": args.lora}),
     ]
     return [(operator, options) for operator, given, options in possible if given is not None]

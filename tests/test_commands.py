@@ -236,7 +236,7 @@ def test_train_grow_sample_evaluate(tmp_path):
     succeed('text_encoder.py "a cat surfing" --llm smollm2', tmp_path)
     succeed("align.py runs/base", tmp_path)
     succeed("cost.py", tmp_path)
-    succeed("grow.py runs/base-depth --width 2 --llm 5 --out runs/wide", tmp_path)
+    succeed("grow.py runs/base-depth --width 2 --out runs/wide", tmp_path)
     succeed("train.py --quick --clips 32 --from runs/base-depth --tune lora", tmp_path)
     found = files_below(tmp_path)
     for run in ("base", "base-depth", "base-llm", "base-depth-lora", "wide", "swapped"):

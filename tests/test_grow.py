@@ -439,7 +439,7 @@ def test_the_command_grows_a_run_with_its_proof(trained, tmp_path, capsys):
     "options, exact",
     [
         ("--depth prefix --add 1 --zero proj", True),
-        ("--llm 7 --frames 8 --size 8", True),
+        ("--frames 8 --size 8", True),
         ("--lora 3", True),
         ("--depth suffix --patch 2 --width 2 --mlp 3 --noise 0.5", False),
     ],
