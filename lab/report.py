@@ -326,12 +326,29 @@ def read_blocks(folder: Path) -> dict:
     return found
 
 
+def budget_claims(found) -> list[list[str]]:
+    """When growing pays: rows of the first table, from the parts timing and longer."""
+    half, never = "insert at 50 %", "never grown"
+    rows = []
+    factors = savings(found["timing"].get(half, {}), found["growth"].get("large from scratch", {}))
+    if factors:
+        saved = [(factor or 0) - 1 for factor in factors]  # None: it never had that loss
+        claim = "Growing after half of the budget saves FLOPs over training the large model from scratch."
+        rows.append([claim, verdict(saved)])
+    for part, budget in (("timing", "At this budget"), ("longer", "With four times this budget")):
+        gained = gains(found[part].get(half, {}), found[part].get(never, {}), "last")
+        if gained:
+            rows.append([f"{budget}, growing after half of it beats never growing.", verdict(gained)])
+    return rows
+
+
 def heading(results, found, parts) -> list[str]:
     """The first page: when growth pays, all verdicts, and over which seeds the means are."""
     text = ["![Growing or not, with four times the budget](longer.png)"] if found["longer"] else []
     judged = [*judge(found["growth"]), *judge(found["table"]), *judge(found["language"])]
-    if judged:
-        text.append(markdown_table(["claim", "verdict"], [[j.claim, j.verdict] for j in judged]))
+    rows = [*budget_claims(found), *([j.claim, j.verdict] for j in judged)]
+    if rows:
+        text.append(markdown_table(["claim", "verdict"], rows))
     seeds = sorted({result["seed"] for result in results})
     spread_over = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
     begun = [part for part in parts if found[part] and part != "rates"]  # rates needs one seed

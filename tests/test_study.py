@@ -374,7 +374,8 @@ def growth_report(tmp_path):
             losses = [loss + 0.01 * seed for loss in losses]
             forgotten += 0.01 * seed if arm == "insert" else 0
             write_result(tmp_path, "growth", growth_result(arm, seed, losses, 1, 100, forgotten))
-        for arm, losses in (("insert at 25 %", [3, 2.5, 2.1]), ("never grown", [3, 2.9])):
+        timing = {"insert at 25 %": [3, 2.5, 2.1], "insert at 50 %": [3, 2.8, 2.95], "never grown": [3, 2.9]}
+        for arm, losses in timing.items():
             write_result(tmp_path, "timing", growth_result(arm, seed, losses, 0.5, 50))
         for arm, losses in (("insert at 50 %", [3, 2.8 + 0.01 * seed]), ("never grown", [3, 2.9])):
             write_result(tmp_path, "longer", growth_result(arm, seed, losses, 0.5, 50))
@@ -393,6 +394,10 @@ def test_claims_of_a_growth_report(growth_report):
     first_page = growth_report[: growth_report.index("A claim *holds* if")]
     assert "![Growing or not, with four times the budget](longer.png)" in first_page
     assert "| Expansion forgets less of the old data than dense continuation. | holds |\n" in first_page
+    assert "| Growing after half of the budget saves FLOPs over" in first_page
+    assert "from scratch. | contradicted |\n" in first_page  # it never has that loss
+    assert "| At this budget, growing after half of it beats never growing. | contradicted |\n" in first_page
+    assert "budget, growing after half of it beats never growing. | holds |\n" in first_page
 
 
 def test_tables_of_a_growth_report(growth_report):
@@ -402,7 +407,7 @@ def test_tables_of_a_growth_report(growth_report):
     assert "| never grown | 2.9000 ± 0.0000 |  | never, never, never |  |  |" in growth_report
     (row,) = re.findall(r"\| insert at 25 % \| 2.1000 ± 0.0000 \| .*", growth_report)
     assert row.endswith(" | 0.8000 ± 0.0000 | holds |")
-    (row,) = re.findall(r"\| insert at 50 % .*", growth_report)
+    row = re.findall(r"\| insert at 50 % .*", growth_report)[-1]  # of part longer
     numbers = "1.31 ± 0.02 | 1.33, 1.31, 1.29 | 0.0900 ± 0.0100 | holds |"
     assert row == f"| insert at 50 % | 2.8100 ± 0.0100 | {numbers}"
     assert "| VBench temporal flickering | 0.900 ± 0.000 | 0.900 ± 0.000 | 0.900 ± 0.000 |" in growth_report
