@@ -5,6 +5,7 @@ on request compares both models (proof_diffusers.py). Left out: anything but dep
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def main(argv=None):
         print(tree_of(config))
         return
     add = args.add[0] if args.add and len(args.add) == 1 else args.add
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing is left behind
     summary = grow(args.folder, args.out, add, args.depth or "insert", args.zero, args.at)
     lines = report(summary)
     config = read_json(summary.folder / "config.json")

@@ -59,6 +59,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -543,29 +544,28 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
         raise ValueError(f"no stacking is called {where!r}; there are {', '.join(WHERE)}")
     history = read_history(source.config)
     zero = pick_zero(name, source.config, zero)
-    targets, changed, new = make_targets(source, zero, add, where, at)
-    history = [{**event, "new": [moved(block, new) for block in event["new"]]} for event in history]
+    targets, changed, blocks = make_targets(source, zero, add, where, at)
+    history = [{**event, "new": [moved(block, blocks) for block in event["new"]]} for event in history]
     earlier = [block for event in history for block in event["new"]]
     where = "at" if at is not None else where
-    event = {"grow": "depth", "where": where, "zero": zero, "changed": changed, "new": new}
+    event = {"grow": "depth", "where": where, "zero": zero, "changed": changed, "new": blocks}
     config = {**source.config, HISTORY: [*history, event]}
     config |= {count: after for count, (_, after) in changed.items()}
     if "mmdit_layers" in config:  # EasyAnimate: all blocks are of this kind, and stay so
         config["mmdit_layers"] = max(config["mmdit_layers"], config["num_layers"])
-    temporary = out.with_name(out.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        files = write_folder(folder, temporary, source, config, targets)
-        temporary.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            new = Path(temporary, out.name)
+            files = write_folder(folder, new, source, config, targets)
+            new.rename(out)
     except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
         reason = " ".join(str(error).split())[:300]
         raise OSError(f"{out} could not be written: {reason}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
     after = sum(torch.Size(source.tensors[target.source].shape).numel() for target in targets)
     size = sum(source.tensors[target.source].size for target in targets)
-    return Summary(model_folder(out), changed, (before, after), new, earlier, size, files)
+    return Summary(model_folder(out), changed, (before, after), blocks, earlier, size, files)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -575,7 +575,6 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
 def write_folder(folder: Path, new: Path, source: Source, config: dict, targets: list[Target]) -> int:
     """Write a grown model or pipeline to `new` -> the number of files of weights."""
     size = sum(source.tensors[target.source].size for target in targets)
-    new.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(new.parent).free
     if size > free:
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")

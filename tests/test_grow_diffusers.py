@@ -6,7 +6,9 @@ branch and each gate acts.
 
 import importlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -663,6 +665,30 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"it takes 0\.1 MB, and the disk has 0\.0 MB left"):
         grow(folders("wan"), tmp_path / "out", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("name", ["out.new", ".out.new"])
+def test_a_folder_with_another_name_stays(name, folders, tmp_path):
+    """Growth deletes only what it has made, also if the source has a name like the output's."""
+    shutil.copytree(folders("wan"), tmp_path / name)
+    grow(tmp_path / name, tmp_path / "out", at=[0])
+    assert largest_difference(tmp_path / name, tmp_path / "out")[0] == 0
+
+
+def test_sigterm_leaves_nothing(folders, tmp_path, monkeypatch):
+    """The command takes SIGTERM as Ctrl-C."""
+
+    def terminate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("the process would end"))
+    monkeypatch.setattr(grow_diffusers, "split_into_shards", terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            grow_module.main(f"{folders('wan')} --at 1 --out {tmp_path / 'out'}".split())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------------
