@@ -57,21 +57,20 @@ nets and LoRA adapters, which name blocks of the base (`moved` gives their new n
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from run import PICKLES, fsync, history_tree
 from stacking import WHERE, stacking_plan
 
 HISTORY = "_modelgrow"  # an entry of config.json; diffusers ignores and keeps names that begin with _
-TYPES = {"F32": 4, "F16": 2, "BF16": 2}  # type in a safetensors header -> bytes
-SKIPPED = (".git", ".cache", *(f"*{suffix}" for suffix in PICKLES), "*.msgpack")  # not copied to the output
+TYPES = ("F32", "F16", "BF16")  # of the blocks, as in a safetensors header
+TOOLS = (".git", ".cache")  # folders that are not copied
+WEIGHTS = {".safetensors", ".msgpack", ".gguf", *PICKLES}  # suffixes; those of the model are not copied
 
 # --------------------------------------------------------------------------------------------------------
 # Rules
@@ -241,6 +240,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # as in a safetensors header
     size: int  # bytes
+    width: int  # bytes of a number
 
 
 class Source(NamedTuple):
@@ -249,6 +249,7 @@ class Source(NamedTuple):
     folder: Path
     config: dict
     tensors: dict[str, Entry]  # in the order of the files
+    metadata: dict[str, str]  # of the files
     index: Path | None  # the index of a sharded checkpoint
     stem: str  # of the file names: diffusion_pytorch_model, with a variant perhaps
 
@@ -280,24 +281,26 @@ def read_json(file: Path) -> dict:
 
 def read_source(folder: Path) -> Source:
     """The config and all headers. Raises OSError or ValueError if files are absent, cut off, or not what the
-    index says."""
+    index says, or if there are weights that do not belong to one checkpoint."""
     config = read_json(folder / "config.json")
     indices = sorted(folder.glob("*.safetensors.index*.json"))
-    if len(indices) > 1:
-        raise ValueError(f"{folder} has several checkpoints: move all but one of {names_of(indices)}")
-    if indices:
-        tensors = read_shards(folder, indices[0])
-        return Source(folder, config, tensors, indices[0], indices[0].name.split(".")[0])
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        found = names_of(files) or "none"
-        raise ValueError(f"{folder} must hold one file of .safetensors, or an index; there is {found}")
-    return Source(folder, config, read_header(files[0]), None, files[0].name.removesuffix(".safetensors"))
-
-
-def names_of(files: list[Path]) -> str:
-    """Names of files, for a message."""
-    return ", ".join(file.name for file in files)
+    if not indices + files:
+        raise ValueError(f"{folder} must hold one file of .safetensors, or an index; there is none")
+    first = (indices + files)[0]
+    tensors = read_shards(folder, first) if indices else read_header(first)
+    used = dict.fromkeys(entry.file for entry in tensors.values())
+    others = [file.name for file in indices + files if file != first and file not in used]
+    if others:
+        others = ", ".join(others[:4])
+        raise ValueError(
+            f"{folder} has several checkpoints: {first.name} and {others}. Move all but one away"
+        )
+    metadata = {}
+    for file in used:
+        with safe_open(file, "pt") as opened:
+            metadata |= opened.metadata() or {}
+    return Source(folder, config, tensors, metadata, first if indices else None, first.name.split(".")[0])
 
 
 def read_shards(folder: Path, index: Path) -> dict[str, Entry]:
@@ -327,11 +330,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is not a dictionary)
-                part = opened.get_slice(name)
-                if part.get_dtype() not in TYPES:
-                    raise ValueError(f"{name} is {part.get_dtype()}; a checkpoint to grow has {list(TYPES)}")
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                tensors[name] = Entry(file, shape, dtype, TYPES[dtype] * torch.Size(shape).numel())
+                dtype = opened.get_slice(name).get_dtype()
+                tensor = opened.get_tensor(name)  # mapped, not read
+                tensors[name] = Entry(file, tuple(tensor.shape), dtype, tensor.nbytes, tensor.itemsize)
     except SafetensorError as error:
         with file.open("rb") as opened:
             pointer = opened.read(7) == b"version"  # the first word of a Git LFS pointer
@@ -353,10 +354,12 @@ def blocks_of(source: Source, rule: BlockList) -> dict[int, dict[str, str]]:
     if type(count) is not int or count < 1:
         raise ValueError(f"config.json must have a number {rule.count}; it has {str(count)[:80]}")
     blocks = {}
-    for tensor in source.tensors:
+    for tensor, entry in source.tensors.items():
         name, _, rest = tensor.partition(".")
         number, _, inner = rest.partition(".")
         if name == rule.name and number.isdecimal():
+            if entry.dtype not in TYPES:
+                raise ValueError(f"{tensor} is {entry.dtype}: convert the model to bfloat16 first")
             blocks.setdefault(int(number), {})[inner] = tensor
     if sorted(blocks) != list(range(count)):
         raise ValueError(f"{rule.count} is {count}, but the files hold {len(blocks)} {rule.name}")
@@ -559,7 +562,7 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
             new = Path(temporary, out.name)
             files = write_folder(folder, new, source, config, targets)
             new.rename(out)
-    except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
+    except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise OSError(f"{out} could not be written: {reason}") from None
     before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
@@ -575,11 +578,17 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
 def write_folder(folder: Path, new: Path, source: Source, config: dict, targets: list[Target]) -> int:
     """Write a grown model or pipeline to `new` -> the number of files of weights."""
     size = sum(source.tensors[target.source].size for target in targets)
+    others = other_files(folder, source.folder)
+    needed = size + sum(file.stat().st_size for file in others)
     free = shutil.disk_usage(new.parent).free
-    if size > free:
-        raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
-    copy_others(folder, new, source)
+    if needed > free:
+        raise OSError(f"it takes {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
     grown = new / source.folder.relative_to(folder)
+    grown.mkdir(parents=True)
+    for file in others:
+        copy = new / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     (grown / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards = split_into_shards(source, targets)
     weight_map = {}
@@ -587,8 +596,7 @@ def write_folder(folder: Path, new: Path, source: Source, config: dict, targets:
         file = f"{source.stem}.safetensors"
         if source.index:
             file = f"{source.stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(load_targets(source, shard), grown / file, {"format": "pt"})
-        fsync(grown / file)
+        write_tensors(grown / file, source, shard)
         weight_map |= dict.fromkeys([target.name for target in shard], file)
     if source.index:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -596,18 +604,17 @@ def write_folder(folder: Path, new: Path, source: Source, config: dict, targets:
     return len(shards)
 
 
-def copy_others(folder: Path, new: Path, source: Source):
-    """Copy a folder without the weights of the model, pickles and hidden folders."""
-    weights = {entry.file.name for entry in source.tensors.values()}
-    if source.index:
-        weights.add(source.index.name)
-    shutil.copytree(folder, new, ignore=partial(left_out, source.folder, weights))
-
-
-def left_out(model: Path, weights: set[str], directory: str, names: list[str]) -> set[str]:
-    """The files of a directory that are not copied."""
-    skipped = shutil.ignore_patterns(*SKIPPED)(directory, names)
-    return skipped | weights if Path(directory) == model else skipped
+def other_files(folder: Path, model: Path) -> list[Path]:
+    """The files that are copied: all but TOOLS, and the weights and config.json in the folder of `model`."""
+    files = []
+    for path in sorted(folder.iterdir()):
+        rewritten = path.name == "config.json" or WEIGHTS & set(path.suffixes)
+        if path.is_dir():
+            if path.name not in TOOLS:
+                files += other_files(path, model)
+        elif folder != model or not rewritten:
+            files.append(path)
+    return files
 
 
 def split_into_shards(source: Source, targets: list[Target]) -> list[list[Target]]:
@@ -628,23 +635,34 @@ def split_into_shards(source: Source, targets: list[Target]) -> list[list[Target
     return shards
 
 
-def load_targets(source: Source, targets: list[Target]) -> dict[str, torch.Tensor]:
-    """The tensors of one file of the grown checkpoint. Copies have storage of their own."""
-    tensors, seen, files = {}, set(), {}
+def write_tensors(file: Path, source: Source, targets: list[Target]):
+    """Write a file of safetensors, one tensor at a time: the bytes of the header in 8 bytes, the header as
+    JSON, the data. Larger types come first, so that each tensor begins at a multiple of its own."""
+    targets = sorted(targets, key=lambda target: -source.tensors[target.source].width)
+    header, end = {"__metadata__": {**source.metadata, "format": "pt"}}, 0
     for target in targets:
-        file = source.tensors[target.source].file
-        if file not in files:
-            files[file] = safe_open(file, "pt")
-        tensor = files[file].get_tensor(target.source)
-        if target.zero or target.source in seen:
-            tensor = tensor.clone()
-        if target.zero == "all":
-            tensor.zero_()
-        elif target.zero == "gate":
-            gate_rows(tensor, target.pieces).zero_()
-        seen.add(target.source)
-        tensors[target.name] = tensor
-    return tensors
+        entry = source.tensors[target.source]
+        place = [end, end + entry.size]
+        header[target.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": place}
+        end += entry.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for target in targets:
+            opened.write(target_tensor(source, target).reshape(-1).view(torch.uint8).numpy())
+    fsync(file)
+
+
+def target_tensor(source: Source, target: Target) -> torch.Tensor:
+    """A tensor of the grown checkpoint."""
+    tensor = read_tensor(source, target.source)
+    if target.zero == "all":
+        return torch.zeros_like(tensor)
+    if target.zero == "gate":
+        tensor = tensor.clone()
+        gate_rows(tensor, target.pieces).zero_()
+    return tensor
 
 
 def moved(name: str, new: list[str]) -> str:

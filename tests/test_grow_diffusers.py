@@ -4,6 +4,7 @@ Every parameter of the tiny models is random, also those that diffusers initiali
 branch and each gate acts.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ import signal
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_docs import ROOT, code_blocks
 
@@ -484,12 +485,17 @@ def test_a_model_grows_twice(folders, tmp_path):
 
 
 def test_other_files_are_copied(folders, tmp_path):
-    """All but weights and pickles; a pipeline keeps its other parts."""
+    """All but weights of the model; a pipeline keeps its other parts, and pickles there are not opened."""
     pipeline = tmp_path / "pipeline"
     shutil.copytree(folders("wan"), pipeline / "transformer")
     (pipeline / "model_index.json").write_text("{}")
     (pipeline / "transformer/README.md").write_text("read me")
     (pipeline / "transformer/diffusion_pytorch_model.bin").write_text("a pickle")
+    (pipeline / "transformer/diffusion_pytorch_model.bin.index.json").write_text("{}")
+    (pipeline / "transformer/.git").mkdir()
+    (pipeline / "transformer/.git/HEAD").touch()
+    (pipeline / "text_encoder").mkdir()
+    (pipeline / "text_encoder/pytorch_model.bin").write_text("a pickle")
     (pipeline / "vae").mkdir()
     (pipeline / "vae/diffusion_pytorch_model.safetensors").write_text("the weights of another model")
     assert is_diffusers(pipeline) and not is_diffusers(pipeline / "vae") and not is_diffusers(tmp_path)
@@ -498,6 +504,7 @@ def test_other_files_are_copied(folders, tmp_path):
     files = sorted(str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert files == [
         "model_index.json",
+        "text_encoder/pytorch_model.bin",
         "transformer/README.md",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
@@ -506,16 +513,40 @@ def test_other_files_are_copied(folders, tmp_path):
     assert largest_difference(folders("wan"), summary.folder)[0] == 0
 
 
-# --------------------------------------------------------------------------------------------------------
-# Errors, each in one line, and nothing is left behind
-
-
 def edit(entries, changes):
     """Change entries of a dictionary in place; None removes one."""
     for name, value in changes.items():
         entries.pop(name, None)
         if value is not None:
             entries[name] = value
+
+
+def edited(base, folder, changes, metadata=None):
+    """A copy of an unsharded model, with other tensors."""
+    shutil.copytree(base, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors, changes)
+    save_file(tensors, file, metadata)
+    return folder
+
+
+def test_tensors_outside_the_blocks_may_have_any_type(folders, tmp_path):
+    """They are copied as they are, empty ones and numbers too, and so is the metadata."""
+    extra = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.tensor(0.1, dtype=torch.float64)}
+    extra |= {"c": torch.zeros(0, 2), "d": torch.ones(3).to(torch.float8_e4m3fn), "e": torch.tensor([7])}
+    edited(folders("ltx"), tmp_path / "base", extra, {"by": "me"})
+    grow(tmp_path / "base", tmp_path / "out", 1)
+    grown = tensors_of(tmp_path / "out")
+    for name, tensor in tensors_of(tmp_path / "base").items():
+        if not name.startswith("transformer_blocks"):
+            assert grown[name].dtype == tensor.dtype and torch.equal(grown[name], tensor), name
+    with safe_open(tmp_path / "out/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata() == {"by": "me", "format": "pt"}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Errors, each in one line, and nothing is left behind
 
 
 def damage(folder, what, changes):
@@ -585,13 +616,28 @@ TENSORS = [
 @pytest.mark.parametrize(("changes", "message"), TENSORS)
 def test_blocks_that_the_rule_does_not_know_are_refused(changes, message, folders, tmp_path):
     """A branch that would stay open in a copy is not grown by a guess."""
-    shutil.copytree(folders("wan"), tmp_path / "base")
-    file = tmp_path / "base/diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    edit(tensors, {name: value and torch.ones(3) for name, value in changes.items()})
-    save_file(tensors, file)
+    changes = {name: value and torch.ones(3) for name, value in changes.items()}
+    edited(folders("wan"), tmp_path / "base", changes)
     with pytest.raises(ValueError, match=message):
         grow(tmp_path / "base", tmp_path / "out", 1)
+
+
+def test_blocks_of_another_type_are_refused(folders, tmp_path):
+    """Most of them are quantized."""
+    weight = {"blocks.0.ffn.net.2.bias": torch.ones(24).to(torch.float8_e4m3fn)}
+    edited(folders("wan"), tmp_path / "base", weight)
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.net\.2\.bias is F8_E4M3: convert the model to bf"):
+        grow(tmp_path / "base", tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "old.safetensors.index.json"])
+def test_a_second_checkpoint_is_refused(name, sharded, folders, tmp_path):
+    """It would not fit the new config, and nothing says which of the two to grow."""
+    (sharded / name).write_text("{}")
+    with pytest.raises(
+        ValueError, match=rf"several checkpoints: .*json and .*{name[-12:]}\. Move all but one"
+    ):
+        grow(sharded, tmp_path / "out", 1)
 
 
 REQUESTS = [
@@ -644,8 +690,8 @@ def test_a_copy_cannot_be_dead(folders, tmp_path):
 
 
 def full_disk(*_):
-    """save_file on a full disk."""
-    raise SafetensorError("No space left on device (os error 28)")
+    """write_tensors on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_nothing_half_written(folders, tmp_path, monkeypatch):
@@ -656,8 +702,8 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="name a folder elsewhere"):
         grow(folders("wan"), folders("wan") / "deeper/out", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(grow_diffusers, "save_file", full_disk)
-        with pytest.raises(OSError, match="out could not be written: No space left"):
+        patch.setattr(grow_diffusers, "write_tensors", full_disk)
+        with pytest.raises(OSError, match=r"out could not be written: .* No space left"):
             grow(folders("wan"), tmp_path / "out", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -667,12 +713,41 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
 
 
+def test_room_for_copied_files_is_needed_too(folders, tmp_path, monkeypatch):
+    """A link that leads nowhere is an error with one reason."""
+    shutil.copytree(folders("wan"), tmp_path / "base")
+    (tmp_path / "base/notes").write_bytes(bytes(10**6))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match=r"it takes 1\.1 MB"):
+            grow(tmp_path / "base", tmp_path / "out", 1)
+    (tmp_path / "base/link").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"written: \[Errno 2\] No such file or directory: '[^']*link'$"):
+        grow(tmp_path / "base", tmp_path / "out", 1)
+
+
 @pytest.mark.parametrize("name", ["out.new", ".out.new"])
 def test_a_folder_with_another_name_stays(name, folders, tmp_path):
     """Growth deletes only what it has made, also if the source has a name like the output's."""
     shutil.copytree(folders("wan"), tmp_path / name)
     grow(tmp_path / name, tmp_path / "out", at=[0])
     assert largest_difference(tmp_path / name, tmp_path / "out")[0] == 0
+
+
+def test_a_read_only_source_grows(folders, tmp_path):
+    """The files and folders of the output have the usual modes, whatever those of the source are."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(folders("wan"), pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    for path in (*pipeline.rglob("*"), pipeline):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    grow(pipeline, tmp_path / "out", 1)
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "usual/file").touch()
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        usual = tmp_path / ("usual" if path.is_dir() else "usual/file")
+        assert path.stat().st_mode == usual.stat().st_mode, path
 
 
 def test_sigterm_leaves_nothing(folders, tmp_path, monkeypatch):
