@@ -5,13 +5,15 @@ on request compares both models (proof_diffusers.py). Left out: anything but dep
 """
 
 import argparse
+import contextlib
+import shlex
 import signal
 import sys
 from pathlib import Path
 
 from grow_diffusers import Summary, grow, is_diffusers, model_folder, read_json, tree_of
 from machine import run_command
-from proof_diffusers import importance, largest_difference
+from proof_diffusers import import_diffusers, importance, largest_difference
 from run import find_checkpoint
 from stacking import WHERE
 
@@ -33,8 +35,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     option("--add", type=numbers, metavar="N[,N]", help="for --depth: blocks to add, in all or for each list")
     option("--at", type=numbers, metavar="N,N,...", help="copy exactly these blocks, each right after itself")
     option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
-    option("--out", help="folder for the grown model; it must not exist")
-    option("--check", action="store_true", help="load both with diffusers and compare their outputs")
+    option("--out", help="folder for the grown model; it must not exist, except for --check alone")
+    option("--check", action="store_true", help="compare the outputs of FOLDER and OUT, without a growth too")
     option("--importance", action="store_true", help="only print how much each block changes its tokens")
     args = parser.parse_args(argv)
     if args.depth and args.at:
@@ -42,10 +44,10 @@ def parse_arguments(argv) -> argparse.Namespace:
     asked = args.depth or args.at
     if asked and args.importance:
         raise ValueError("--importance does not grow: look at it first, then grow")
-    for name in ("add", "zero", "out", "check"):
-        if getattr(args, name) and not asked:
+    for name in ("add", "zero", "out"):
+        if getattr(args, name) and not asked and not (name == "out" and args.check):
             raise ValueError(f"--{name} is for a growth: give --depth or --at too")
-    if asked and not args.out:
+    if (asked or args.check) and not args.out:
         raise ValueError("name a folder for the grown model with --out")
     if args.depth and not args.add:
         raise ValueError("say how many blocks to add, with --add")
@@ -80,11 +82,12 @@ def report(summary: Summary) -> list[str]:
 
 def loading_lines(summary: Summary, name: str) -> list[str]:
     """Lines of Python that load a grown model for training and name its new parameters."""
+    folder = str(summary.folder)
     blocks = ", ".join(f'"{block}."' for block in summary.new)
     lines = [
         "import torch, diffusers",
         "# float32: in bfloat16 most updates of a small learning rate are rounded away",
-        f'model = diffusers.{name}.from_pretrained("{summary.folder}", torch_dtype=torch.float32)',
+        f"model = diffusers.{name}.from_pretrained({folder!r}, torch_dtype=torch.float32)",
         f"blocks = ({blocks},)",
     ]
     if summary.earlier:
@@ -99,27 +102,38 @@ def other_transformers(pipeline: Path, out: Path) -> list[str]:
     lines = []
     for folder in sorted(pipeline.glob("transformer_*/")):
         lines.append(
-            f"{folder.name} did not grow: run `python grow.py {folder} ... --out NEW`,"
+            f"{folder.name} did not grow: run `python grow.py {shlex.quote(str(folder))} ... --out NEW`,"
             f" then put NEW in the place of {out / folder.name}"
         )
     return lines
 
 
-def check_lines(base: Path, grown: Path) -> list[str]:
-    """The largest difference of two models, as a line. Raises ValueError if they are not the same."""
-    difference, largest = largest_difference(base, grown)
-    verdict = "the same bits" if difference == 0 else "the same up to rounding"
-    if not difference <= 0.01 * largest:
+@contextlib.contextmanager
+def in_one_line(what: str):
+    """Any error, which may come from diffusers, as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what} failed: {type(error).__name__}: {reason}") from None
+
+
+def check_line(base: Path, grown: Path) -> str:
+    """The largest difference of two models, which is 0, as a line. Raises ValueError if it is not."""
+    with in_one_line("the check"):
+        difference, largest = largest_difference(base, grown)
+    if difference != 0:
         raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
-    line = f"largest difference on random inputs: {difference:.2g} of {largest:.2g}, {verdict}"
-    return [f"{line}, peak memory {peak_memory()}"]
+    line = f"largest difference on random inputs: 0 of {largest:.2g}, the same bits"
+    return f"{line}, peak memory {peak_memory()}"
 
 
 def importance_lines(path: str) -> list[str]:
     """1 - cos(input, output) of each block, with its number for --at."""
     lines = ["--at  1 - cos(input, output)"]
-    for number, (block, value) in enumerate(importance(path).items()):
-        lines.append(f"{number:4}  {value:.4f}  {block}")
+    with in_one_line("--importance"):
+        for number, block, value in importance(path):
+            lines.append(f"{number:4}  {value:.4f}  {block}")
     return lines
 
 
@@ -143,20 +157,20 @@ def main(argv=None):
         find_checkpoint(args.folder)  # its error says what the folder is
         raise ValueError(f"--at and --check are for a folder in diffusers' format, not for {args.folder}")
     folder = model_folder(args.folder)
-    if not args.out:
+    if args.check:
+        import_diffusers()  # before a long growth
+    if not args.depth and not args.at:
         config = read_json(folder / "config.json")
-        print(tree_of(config))
+        print(check_line(folder, model_folder(args.out)) if args.check else tree_of(config))
         return
     add = args.add[0] if args.add and len(args.add) == 1 else args.add
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing is left behind
     summary = grow(args.folder, args.out, add, args.depth or "insert", args.zero, args.at)
-    lines = report(summary)
     config = read_json(summary.folder / "config.json")
+    lines = [*report(summary), tree_of(config), *other_transformers(Path(args.folder), Path(args.out)), ""]
+    print("\n".join(lines + loading_lines(summary, config["_class_name"])))
     if args.check:
-        lines += check_lines(folder, summary.folder)
-    lines += [tree_of(config), *other_transformers(Path(args.folder), Path(args.out)), ""]
-    lines += loading_lines(summary, config["_class_name"])
-    print("\n".join(lines))
+        print("\n" + check_line(folder, summary.folder))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ from safetensors import SafetensorError, safe_open
 from run import PICKLES, fsync, history_tree
 from stacking import WHERE, stacking_plan
 
+STEM = "diffusion_pytorch_model"  # of the names of files that from_pretrained looks for
 HISTORY = "_modelgrow"  # an entry of config.json; diffusers ignores and keeps names that begin with _
 TYPES = ("F32", "F16", "BF16")  # of the blocks, as in a safetensors header
 TOOLS = (".git", ".cache")  # folders that are not copied
@@ -195,6 +196,7 @@ CONDITIONS = {
     },
 }
 
+EASY_LAYERS = 48  # EasyAnimate's num_layers and mmdit_layers where config.json has none
 INDEXED = "a block takes something by its index: "
 REFUSED = {
     "WanVACETransformer3DModel": INDEXED + "vace_layers",
@@ -224,7 +226,8 @@ def block_lists(name: str, config: dict) -> tuple[BlockList, ...]:
     for entry, reason in CONDITIONS.get(name, {}).items():
         if config.get(entry) is not None:
             raise ValueError(f"{name} with {entry} {config[entry]!r} cannot be grown: {reason}")
-    if name == "EasyAnimateTransformer3DModel" and config["mmdit_layers"] < config["num_layers"]:
+    layers = config.get("mmdit_layers", EASY_LAYERS)
+    if name == "EasyAnimateTransformer3DModel" and layers < config.get("num_layers", EASY_LAYERS):
         raise ValueError(f"{name} with mmdit_layers below num_layers cannot be grown: its blocks differ")
     return RULES[name]
 
@@ -250,8 +253,8 @@ class Source(NamedTuple):
     config: dict
     tensors: dict[str, Entry]  # in the order of the files
     metadata: dict[str, str]  # of the files
-    index: Path | None  # the index of a sharded checkpoint
-    stem: str  # of the file names: diffusion_pytorch_model, with a variant perhaps
+    sharded: bool  # whether there is an index
+    variant: str | None  # a part of the file names, such as fp16
 
 
 def is_diffusers(folder: Path | str) -> bool:
@@ -300,7 +303,8 @@ def read_source(folder: Path) -> Source:
     for file in used:
         with safe_open(file, "pt") as opened:
             metadata |= opened.metadata() or {}
-    return Source(folder, config, tensors, metadata, first if indices else None, first.name.split(".")[0])
+    words = [word for word in first.name.split(".")[1:] if word not in ("safetensors", "index", "json")]
+    return Source(folder, config, tensors, metadata, bool(indices), ".".join(words) or None)
 
 
 def read_shards(folder: Path, index: Path) -> dict[str, Entry]:
@@ -554,8 +558,8 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     event = {"grow": "depth", "where": where, "zero": zero, "changed": changed, "new": blocks}
     config = {**source.config, HISTORY: [*history, event]}
     config |= {count: after for count, (_, after) in changed.items()}
-    if "mmdit_layers" in config:  # EasyAnimate: all blocks are of this kind, and stay so
-        config["mmdit_layers"] = max(config["mmdit_layers"], config["num_layers"])
+    if name == "EasyAnimateTransformer3DModel":  # all blocks are of one kind, and stay so
+        config["mmdit_layers"] = max(config.get("mmdit_layers", EASY_LAYERS), config["num_layers"])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
@@ -593,14 +597,14 @@ def write_folder(folder: Path, new: Path, source: Source, config: dict, targets:
     shards = split_into_shards(source, targets)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        file = f"{source.stem}.safetensors"
-        if source.index:
-            file = f"{source.stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{STEM}.safetensors"
+        if source.sharded:
+            file = f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(grown / file, source, shard)
         weight_map |= dict.fromkeys([target.name for target in shard], file)
-    if source.index:
+    if source.sharded:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (grown / source.index.name).write_text(json.dumps(index, indent=2) + "\n")
+        (grown / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return len(shards)
 
 
@@ -619,7 +623,7 @@ def other_files(folder: Path, model: Path) -> list[Path]:
 
 def split_into_shards(source: Source, targets: list[Target]) -> list[list[Target]]:
     """Groups of tensors, none larger than the largest shard of the source; one group if it is not sharded."""
-    if not source.index:
+    if not source.sharded:
         return [targets]
     sizes = {}
     for entry in source.tensors.values():

@@ -12,13 +12,13 @@ numbers show outliers, not fine differences.
 Left out: control nets, IP adapters and caches, which no checkpoint holds.
 """
 
-import json
+import importlib.util
 import math
 from pathlib import Path
 
 import torch
 
-from grow_diffusers import block_lists, is_diffusers, model_folder, read_source
+from grow_diffusers import Source, block_lists, is_diffusers, model_folder, read_source
 from run import load_model
 
 TOKENS = 5  # of text
@@ -48,6 +48,8 @@ def wan_inputs(c, draw):
         images = 2 if c.pos_embed_seq_len else 1  # the first and the last frame
         tokens = (c.pos_embed_seq_len or 2 * 257) // 2
         inputs["encoder_hidden_states_image"] = draw(images, tokens, c.image_dim)
+    if c.get("inject_sample_info"):  # of SkyReelsV2
+        inputs["fps"] = [1]  # a number of a list of frame rates
     return inputs
 
 
@@ -89,10 +91,9 @@ def ltx_inputs(c, draw):
 
 
 def cogvideox_inputs(c, draw):
-    """CogVideoX, with rotary positions or a table of them."""
+    """CogVideoX. Positions that were learned have one height and width."""
     frames, height, width = 2 * (c.patch_size_t or 1), 4 * c.patch_size, 4 * c.patch_size
-    if not c.use_rotary_positional_embeddings:  # the table of positions has one size
-        frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
+    if c.use_learned_positional_embeddings:
         height, width = c.sample_height, c.sample_width
     inputs = {
         "hidden_states": draw(1, frames, c.in_channels, height, width),
@@ -100,7 +101,7 @@ def cogvideox_inputs(c, draw):
         "timestep": torch.tensor([500]),
     }
     if c.use_rotary_positional_embeddings:
-        tokens = frames // (c.patch_size_t or 1) * 4 * 4
+        tokens = 2 * (height // c.patch_size) * (width // c.patch_size)
         angle = torch.rand(tokens, c.attention_head_dim, generator=draw.generator)
         inputs["image_rotary_emb"] = (angle.cos(), angle.sin())
     if c.ofs_embed_dim:
@@ -161,9 +162,9 @@ def sana_inputs(c, draw):
 
 
 def latte_inputs(c, draw):
-    """Latte: clips of one size."""
+    """Latte: clips of one length."""
     return {
-        "hidden_states": draw(1, c.in_channels, c.video_length, c.sample_size, c.sample_size),
+        "hidden_states": draw(1, c.in_channels, c.video_length, 2 * c.patch_size, 2 * c.patch_size),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": draw(1, TOKENS, c.caption_channels),
     }
@@ -183,7 +184,9 @@ def allegro_inputs(c, draw):
 
 
 def cosmos_inputs(c, draw):
-    """Cosmos 2 and 2.5."""
+    """Cosmos 2 and 2.5. Raises ValueError if a package is absent with which they resize a mask."""
+    if c.concat_padding_mask and importlib.util.find_spec("torchvision") is None:
+        raise ValueError("this model needs torchvision: pip install torchvision")
     inputs = {
         "hidden_states": draw(1, c.in_channels, 2, 4, 4),
         "timestep": torch.tensor([500.0]).to(draw.dtype),
@@ -199,12 +202,16 @@ def cosmos_inputs(c, draw):
 
 
 def easyanimate_inputs(c, draw):
-    """EasyAnimate."""
-    return {
-        "hidden_states": draw(1, c.in_channels, 2, 2 * c.patch_size, 2 * c.patch_size),
+    """EasyAnimate, perhaps with the latents of a control or of a video to fill in."""
+    size = (2, 2 * c.patch_size, 2 * c.patch_size)
+    inputs = {
+        "hidden_states": draw(1, c.out_channels, *size),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": draw(1, TOKENS, c.text_embed_dim),
     }
+    if c.in_channels > c.out_channels:
+        inputs["inpaint_latents"] = draw(1, c.in_channels - c.out_channels, *size)
+    return inputs
 
 
 def flux_inputs(c, draw):
@@ -397,29 +404,48 @@ def random_inputs(model, seed: int = 0) -> dict:
     return INPUTS[name](model.config, Draw(model.dtype, seed))
 
 
-def main_type(folder: Path) -> torch.dtype:
+def main_type(source: Source) -> torch.dtype:
     """The type that most of a model's bytes have."""
-    sizes = {}
-    for entry in read_source(folder).tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
+    sizes = dict.fromkeys(DTYPES, 0)
+    for entry in source.tensors.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.size
     return DTYPES[max(sizes, key=sizes.get)]
 
 
-def load(folder: Path | str):
-    """A folder -> the diffusers model in eval mode, in the type of most bytes. Raises ValueError if diffusers
-    is not installed.
-
-    The tensors are cloned, which aligns them. As `from_pretrained` gives them, they begin where the header of
-    the file ends. On a CPU in float32, a product with one row, such as the time embedding of a batch of one,
-    rounds differently where the address of the weight is 8 modulo 16 instead of 0."""
+def import_diffusers():
+    """The package, or ValueError if it is not installed."""
     try:
         import diffusers
     except ImportError:
         raise ValueError("a check needs diffusers: pip install diffusers") from None
-    name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
-    model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=main_type(Path(folder))).eval()
+    return diffusers
+
+
+def contiguous_tokens(block, positional, named):
+    """A hook. SanaVideo gives its first block a transposed view, on which layers round differently."""
+    return (positional[0].contiguous(), *positional[1:]), named
+
+
+def load(folder: Path | str):
+    """A folder -> the diffusers model in eval mode, in the type of most bytes. Raises ValueError if diffusers
+    is not installed, or if the class has no rule.
+
+    The tensors are cloned, which aligns them. As `from_pretrained` gives them, they begin where the header of
+    the file ends. On a CPU in float32, a product with one row, such as the time embedding of a batch of one,
+    rounds differently where the address of the weight is 8 modulo 16 instead of 0."""
+    diffusers = import_diffusers()
+    source = read_source(Path(folder))
+    name = str(source.config.get("_class_name"))
+    block_lists(name, source.config)
+    if not hasattr(diffusers, name):
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers")
+    options = {"torch_dtype": main_type(source), "variant": source.variant, "use_safetensors": True}
+    model = getattr(diffusers, name).from_pretrained(folder, **options).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+    if name == "SanaVideoTransformer3DModel":
+        model.transformer_blocks[0].register_forward_pre_hook(contiguous_tokens, with_kwargs=True)
     return model
 
 
@@ -469,26 +495,32 @@ class Meter:
 
 
 @torch.no_grad()
-def importance(path: Path | str, draws: int = 4) -> dict[str, float]:
-    """A diffusers folder, or a checkpoint of this project -> {block: 1 - cos(input, output)}, the mean over
-    tokens and `draws` random inputs. 0 is a block that does nothing."""
+def importance(path: Path | str, draws: int = 4) -> list[tuple[int, str, float]]:
+    """A diffusers folder, or a checkpoint of this project -> (number for --at, block, 1 - cos(input, output))
+    of each block, the mean over tokens and `draws` random inputs. 0 is a block that does nothing."""
     if is_diffusers(path):
-        model = load(model_folder(path))
-        name = type(model).__name__
-        lists = [rule.name for rule in block_lists(name, model.config)]
-        run = run_diffusers
+        model, run = load(model_folder(path)), run_diffusers
+        lists = first_numbers(type(model).__name__, model.config)
     else:
-        model, _ = load_model(path)
-        name, lists, run = "DiT", ["blocks"], run_own
-    meters = {}
-    for blocks in lists:
+        model, run, lists = load_model(path)[0], run_own, {"blocks": 0}
+    meters = []
+    for blocks, first in lists.items():
         for i, block in enumerate(model.get_submodule(blocks)):
-            meter = Meter(1 if name in TEXT_FIRST else 0)
+            meter = Meter(1 if type(model).__name__ in TEXT_FIRST else 0)
             block.register_forward_hook(meter, with_kwargs=True)
-            meters[f"{blocks}.{i}"] = meter
+            meters.append((first + i, f"{blocks}.{i}", meter))
     for seed in range(draws):
         run(model, seed)
-    return {block: meter.total / meter.calls for block, meter in meters.items()}
+    return [(number, block, meter.total / meter.calls) for number, block, meter in meters]
+
+
+def first_numbers(name: str, config: dict) -> dict[str, int]:
+    """The number that --at gives to the first block of each list. Lists that share a count share numbers."""
+    starts, counts = {}, {}
+    for rule in block_lists(name, config):
+        starts[rule.name] = counts.get(rule.count, sum(config[count] for count in counts))
+        counts[rule.count] = starts[rule.name]
+    return starts
 
 
 def run_diffusers(model, seed: int):
