@@ -139,12 +139,13 @@ def importance_lines(path: str) -> list[str]:
 
 def grow_folder(argv) -> bool:
     """The part of grow.py's command that is done here: whether a word of `argv` (None: of the command line)
-    is a diffusers folder or one of OWN_OPTIONS. Then `main` is run."""
+    is a diffusers folder, other than an output, or one of OWN_OPTIONS. Then `main` is run."""
     words = sys.argv[1:] if argv is None else argv
-    found = any(word.split("=")[0] in OWN_OPTIONS or is_diffusers(word) for word in words)
-    if found:
-        main(words)
-    return found
+    for before, word in zip(["", *words], words, strict=False):
+        if word.split("=")[0] in OWN_OPTIONS or (before != "--out" and is_diffusers(word)):
+            main(words)
+            return True
+    return False
 
 
 def main(argv=None):

@@ -258,11 +258,13 @@ class Source(NamedTuple):
 
 
 def is_diffusers(folder: Path | str) -> bool:
-    """Whether a folder holds a diffusers model, or a pipeline with a transformer."""
+    """Whether a folder holds a diffusers model, or a pipeline with a transformer, perhaps a broken one."""
     try:
-        return "_class_name" in json.loads((model_folder(folder) / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+        return "_class_name" in read_json(model_folder(folder) / "config.json")
+    except OSError:
         return False
+    except ValueError:
+        return True  # it is cut off, as reading it will say
 
 
 def model_folder(folder: Path | str) -> Path:
@@ -289,7 +291,11 @@ def read_source(folder: Path) -> Source:
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     if not indices + files:
-        raise ValueError(f"{folder} must hold one file of .safetensors, or an index; there is none")
+        weights = [file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS]
+        reason = "pickles, which may run any code, are never loaded, and GGUF is quantized"
+        raise ValueError(
+            f"{folder} has no .safetensors, only {', '.join(weights) or 'other files'}: {reason}"
+        )
     first = (indices + files)[0]
     tensors = read_shards(folder, first) if indices else read_header(first)
     used = dict.fromkeys(entry.file for entry in tensors.values())
@@ -673,9 +679,11 @@ def moved(name: str, new: list[str]) -> str:
     """The name of a block, or of a tensor of it or its LoRA adapter, once the blocks `new` are in the stack:
     moved("blocks.2.ffn.net.2.bias", ["blocks.1", "blocks.4"]) is "blocks.3.ffn.net.2.bias"."""
     parts = name.split(".")
+    if parts[0].startswith("text_encoder"):  # the blocks of a LoRA's other half
+        return name
     for i, part in enumerate(parts[:-1]):
         taken = sorted(int(block.split(".")[1]) for block in new if block.split(".")[0] == part)
-        if not taken:  # it is not the name of a list that has grown
+        if not taken or not parts[i + 1].isdecimal():  # it is not the name of a list that has grown
             continue
         number = int(parts[i + 1])
         for place in taken:

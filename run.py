@@ -41,16 +41,21 @@ from tqdm import tqdm
 from dit import DiT, DiTConfig
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the included model
-FOREIGN = {  # a file in a folder that is no checkpoint -> what the folder is
-    "model_index.json": "it is a pipeline of diffusers; docs/real_models.md says which grow and how to train",
-    "transformer/config.json": "did you mean its folder transformer?",
-    "config.json": "it is a model of another library; docs/real_models.md says which grow and how to train",
-}
+PAGE = "docs/real_models.md says which grow and how to train"
 FILES = {  # suffix of a file that is no checkpoint -> what to do
-    ".safetensors": "name the folder that it is in",
+    ".safetensors": "name the folder that it is in. A single-file model becomes a folder by diffusers'"
+    " from_single_file(FILE).save_pretrained(FOLDER); see docs/real_models.md",
     ".gguf": "GGUF is quantized: take the original weights",
 }
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")  # may run any code when they are opened
+FOREIGN = {  # a file in a folder that is no checkpoint, as a pattern -> what the folder is
+    "model_index.json": f"it is a pipeline of diffusers; with transformer/config.json it can grow; {PAGE}",
+    "transformer/config.json": "did you mean its folder transformer?",
+    "config.json": f"it is a model of another library; {PAGE}",
+    "snapshots/*": "it is a cache of the Hub: name its folder snapshots/...",
+    "*.gguf": FILES[".gguf"],
+    "*.bin": "pickles, which may run any code, are never loaded",
+}
 LOG_EVERY = 10  # steps per line of metrics.jsonl, and per synchronization with the device
 DEFAULTS = {"text_encoder": "minilm", "history": [], "flops": 0, "fps": 8, "new": []}
 METADATA = ("config", *DEFAULTS, "llm", "llm_features")  # entries of a header; others are ignored
@@ -112,7 +117,7 @@ def foreign(path: Path) -> str:
     if not path.exists():
         return "no such folder, and a model on the Hub has to be downloaded first"
     for file, meaning in FOREIGN.items():
-        if (path / file).is_file():
+        if any(path.glob(file)):
             return meaning
     return ""
 

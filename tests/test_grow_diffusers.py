@@ -22,7 +22,7 @@ import command_diffusers
 import grow as grow_module
 import grow_diffusers
 from conftest import random_model, randomize
-from grow_diffusers import REFUSED, RULES, grow, is_diffusers, tree_of
+from grow_diffusers import REFUSED, RULES, grow, is_diffusers, moved, tree_of
 from proof_diffusers import INPUTS, largest_difference, load, outputs_of, random_inputs
 from run import load_checkpoint, save_model
 
@@ -951,8 +951,16 @@ WRONG_PATHS = [
     ("Wan-AI/Wan2.1", "a model on the Hub has to be downloaded first"),
     ("empty", "no model.safetensors"),
     ("text_encoder", "it is a model of another library"),
-    ("text_encoder/model.safetensors", "name the folder"),
+    (
+        "text_encoder/model.safetensors",
+        r"name the folder .* from_single_file\(FILE\)\.save_pretrained\(FOLDER\)",
+    ),
     ("model.gguf", "GGUF is quantized"),
+    ("quantized", "GGUF is quantized"),
+    ("pickled", "never loaded"),
+    ("models--Wan-AI--Wan", r"name its folder snapshots/\.\.\."),
+    ("unet", r"with transformer/config\.json it can grow"),
+    ("cut", r"cut/config\.json is not JSON"),
 ]
 
 
@@ -965,13 +973,32 @@ def test_a_wrong_path_is_named(path, message, folders, tmp_path, monkeypatch):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder/config.json").write_text('{"architectures": ["UMT5EncoderModel"]}')
     save_file({"shared.weight": torch.zeros(1)}, "text_encoder/model.safetensors")
-    (tmp_path / "model.gguf").write_text("GGUF")
+    files = ["model.gguf", "quantized/model.gguf", "pickled/model.bin", "models--Wan-AI--Wan/snapshots/0/x"]
+    for file in [*files, "unet/model_index.json", "cut/config.json"]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{")
     for line in ("--depth insert --add 1 --out out", "--at 0 --out out"):
         if "--at" in line and path == "text_encoder":
             message = "are for a folder in diffusers' format"
         with pytest.raises((ValueError, OSError), match=message) as caught:
             grow_module.main([path, *line.split()])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "diffusion_pytorch_model.bin"])
+def test_other_formats_of_weights_are_named(name, folders, tmp_path):
+    """A diffusers folder with no safetensors."""
+    shutil.copytree(folders("wan"), tmp_path / "base")
+    (tmp_path / "base/diffusion_pytorch_model.safetensors").rename(tmp_path / "base" / name)
+    with pytest.raises(ValueError, match=rf"has no \.safetensors, only {name}: .* never loaded"):
+        grow(tmp_path / "base", tmp_path / "out", 1)
+
+
+def test_an_output_that_is_there_says_nothing_of_the_input(folders):
+    """grow.py pretrained --out FOLDER is of this project, although FOLDER is of diffusers."""
+    words = ["pretrained", "--depth", "insert", "--add", "1", "--out", str(folders("wan"))]
+    with pytest.raises(ValueError, match="is there already: name another directory"):
+        grow_module.main(words)
 
 
 def test_a_diffusers_folder_is_not_for_train_and_sample(folders, tmp_path):
@@ -1100,6 +1127,25 @@ def test_a_grown_pipeline_makes_the_same_video(tmp_path):
 
 
 LORA, *TRAINING = code_blocks(ROOT / "docs" / "real_models.md")
+
+
+def test_names_that_do_not_move():
+    """Text encoders have lists of the same names, and a part behind a list's name may be no number."""
+    assert moved("blocks.1.x", ["blocks.1"]) == "blocks.2.x"
+    assert moved("transformer.blocks.x.blocks.1.y", ["blocks.1"]) == "transformer.blocks.x.blocks.2.y"
+    assert moved("text_encoder.layers.5.x", ["layers.1"]) == "text_encoder.layers.5.x"
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_blocks_2_ffn_0.lora_down.weight", "double_blocks.2.linear.lora_A"]
+)
+def test_a_lora_of_another_format_is_refused(name, folders, tmp_path, monkeypatch):
+    """Its names would not be moved."""
+    monkeypatch.chdir(tmp_path)
+    grow(folders("wan"), "wan-36/transformer", 2)
+    save_file({name: torch.zeros(1)}, "lora.safetensors")
+    with pytest.raises(ValueError, match="no name has the form"):
+        exec(LORA, {})
 
 
 def merge_lora(folder, file):
