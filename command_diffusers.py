@@ -175,4 +175,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main, memory_hint="a shard must fit")
+    run_command(main, memory_hint="a tensor must fit, and for --check a model")

@@ -12,26 +12,14 @@ a block whose projections are zero already, as in a copy that was never trained,
 
 **No model is built.** The tensors of block i are called LIST.i.NAME. Growth renumbers the blocks by the
 `stacking_plan` of stacking.py, copies tensors, zeroes some of the copies, and writes new counts to
-config.json. It reads lazily and writes shard by shard, so the memory is about one shard. Every tensor keeps
-its type.
+config.json. It reads and writes one tensor at a time, so the memory is that of the largest tensor. Every
+tensor keeps its type.
 
 **What is special by index** breaks this, and each class has its own traps. `RULES` has the classes that were
 read and tested: each difference in tests/test_grow_diffusers.py is exactly 0, in float32 and bfloat16, with
 every parameter random. `REFUSED` has the other video transformers of diffusers 0.42, with the reason. All
-others are refused too, and so is a block with a branch that its rule does not know: nothing is guessed.
-
-    class                              insert  prefix  suffix  zero
-    Wan, SkyReelsV2, ChronoEdit        yes     yes     yes     proj
-    AnyFlow, AnyFlowFAR, Helios        yes     yes     yes     proj
-    LTXVideo, Allegro                  yes     yes     yes     proj
-    Cosmos (2 and 2.5), Cosmos3Omni    yes     yes     yes     proj
-    SanaVideo, refiner of SanaWM       yes     yes     yes     proj
-    Kandinsky6, JoyImageEdit, its Plus yes     yes     yes     proj
-    Latte                              yes     no      yes     proj
-    CogVideoX, Kandinsky5, FLUX        yes     yes     yes     proj or gate
-    HunyuanVideo, its Framepack, 1.5   yes     yes     yes     proj or gate
-    Kandinsky6SR, MiniMaxH3            yes     yes     yes     proj or gate
-    EasyAnimate                        yes     yes     yes     gate
+others are refused too, and so is a block with a branch that its rule does not know: nothing is guessed. A
+table of classes, and of what can be zero in each, is in docs/real_models.md.
 
 Traps:
 
@@ -41,7 +29,7 @@ Traps:
 - Cosmos 1.0 adds learnable positions again in every block, so that a copy adds them once more.
 - EasyAnimate may have a norm with a bias behind its projections. Only the gates can be zero.
 - SanaVideo gives its first block a transposed view, and a copy before it makes that contiguous. On a CPU in
-  bfloat16, a layer rounds differently on the two: prefix is the same up to rounding there.
+  bfloat16, a layer rounds differently on the two. So a check makes it contiguous in both models.
 - AnyFlowFAR and the refiner of SanaWM cache keys for each block. Pipelines make as many caches as config.json
   has blocks, so a copy gets one.
 - MiniMaxH3 makes its gates three times, for video, text and audio, in one map.
@@ -97,6 +85,7 @@ SINGLE_PARTS = ("attn", "norm", "proj_mlp", "proj_out")
 JOY_PARTS = ("img_mod", "img_norm1", "img_norm2", "img_mlp", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
 JOY_PROJ = ("attn.img_attn_proj", "attn.txt_attn_proj", "img_mlp.net.2", "txt_mlp.net.2")
 H3_PARTS = ("norm1", "attn", "norm2", "ff", "adaln_proj")
+H3_PROJ = ("attn.to_out.0", "ff.net.2")
 REFINER_PARTS = ("audio_norm1", "audio_attn1", "audio_norm2", "audio_attn2", "audio_norm3", "audio_ff")
 REFINER_PARTS += ("audio_to_video_norm", "audio_to_video_attn", "video_to_audio_norm", "video_to_audio_attn")
 REFINER_PARTS += ("audio_scale_shift_table", "video_a2v_cross_attn_scale_shift_table")
@@ -112,6 +101,7 @@ FUSED_PROJ = ("video_dec_block.self_attention.out_layer", "video_dec_block.cross
 FUSED_PROJ += ("audio_dec_block.self_attention.out_layer", "audio_dec_block.cross_attention.out_layer")
 FUSED_PROJ += ("video_dec_block.feed_forward.net.2", "audio_dec_block.feed_forward.net.2")
 FUSED_PROJ += ("va_cross_attention.out_layer", "av_cross_attention.out_layer")
+MODULATION = ("visual_modulation.out_layer",)
 SR_PARTS = ("visual_modulation", "self_attention_norm", "self_attention", "feed_forward_norm", "feed_forward")
 SR_PROJ = ("self_attention.out_layer", "feed_forward.net.2")
 KANDINSKY_PARTS = ("visual_modulation", "self_attention_norm", "self_attention", "cross_attention_norm")
@@ -135,25 +125,11 @@ SINGLE = BlockList(
     "single_transformer_blocks", "num_single_layers", SINGLE_PARTS, ("proj_out",), ("norm.linear",), 3
 )
 VISUAL = BlockList(
-    "visual_transformer_blocks",
-    "num_visual_blocks",
-    KANDINSKY_PARTS,
-    KANDINSKY_PROJ,
-    ("visual_modulation.out_layer",),
-    9,
+    "visual_transformer_blocks", "num_visual_blocks", KANDINSKY_PARTS, KANDINSKY_PROJ, MODULATION, 9
 )
 FUSED = BlockList("visual_transformer_blocks", "num_visual_blocks", FUSED_PARTS, FUSED_PROJ)
-SR = BlockList(
-    "visual_transformer_blocks", "num_visual_blocks", SR_PARTS, SR_PROJ, ("visual_modulation.out_layer",)
-)
-H3 = BlockList(
-    "transformer_blocks",
-    "num_layers",
-    H3_PARTS,
-    ("attn.to_out.0", "ff.net.2"),
-    ("adaln_proj.linear",),
-    18,  # six for video, six for text, six for audio
-)
+SR = BlockList("visual_transformer_blocks", "num_visual_blocks", SR_PARTS, SR_PROJ, MODULATION)
+H3 = BlockList("transformer_blocks", "num_layers", H3_PARTS, H3_PROJ, ("adaln_proj.linear",), 18)
 JOY = BlockList("double_blocks", "num_layers", (*JOY_PARTS, "attn"), JOY_PROJ)
 REFINER = BlockList(
     "transformer_blocks", "num_layers", TABLE_PARTS + REFINER_PARTS, CROSS_PROJ + REFINER_PROJ

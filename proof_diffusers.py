@@ -14,11 +14,12 @@ Left out: control nets, IP adapters and caches, which no checkpoint holds.
 
 import importlib.util
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from grow_diffusers import Source, block_lists, is_diffusers, model_folder, read_source
+from grow_diffusers import BlockList, Source, block_lists, is_diffusers, model_folder, read_source
 from run import load_model
 
 TOKENS = 5  # of text
@@ -38,13 +39,13 @@ class Draw:
 
 
 def wan_inputs(c, draw):
-    """Wan, SkyReelsV2, ChronoEdit."""
+    """Wan, SkyReelsV2, ChronoEdit, JoyImageEdit."""
     inputs = {
         "hidden_states": draw(1, c.in_channels, 3 * c.patch_size[0], 4, 4),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": draw(1, TOKENS, c.text_dim),
     }
-    if c.image_dim:
+    if c.get("image_dim"):
         images = 2 if c.pos_embed_seq_len else 1  # the first and the last frame
         tokens = (c.pos_embed_seq_len or 2 * 257) // 2
         inputs["encoder_hidden_states_image"] = draw(images, tokens, c.image_dim)
@@ -65,11 +66,7 @@ def anyflow_inputs(c, draw):
 
 def helios_inputs(c, draw):
     """Helios: two frames of history, and three to make."""
-    inputs = {
-        "hidden_states": draw(1, c.in_channels, 3, 4, 4),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": draw(1, TOKENS, c.text_dim),
-    }
+    inputs = wan_inputs(c, draw)
     if c.has_multi_term_memory_patch:
         inputs["latents_history_short"] = draw(1, c.in_channels, 2, 4, 4)
         inputs["indices_latents_history_short"] = torch.arange(2)[None]
@@ -244,14 +241,9 @@ def kandinsky_inputs(c, draw):
 
 def kandinsky6_inputs(c, draw):
     """Kandinsky 6: video and audio."""
-    channels = 2 * c.in_visual_dim + 1 if c.visual_cond else c.in_visual_dim
-    return {
-        "hidden_states": draw(1, 2, 4, 4, channels),
-        "encoder_hidden_states": draw(1, TOKENS, c.in_text_dim),
-        "timestep": torch.tensor([500.0]),
-        "pooled_projections": draw(1, c.in_text_dim2),
-        "audio_hidden_states": draw(1, 3, c.in_audio_dim),
-    }
+    inputs = kandinsky_inputs(c, draw)
+    del inputs["visual_rope_pos"], inputs["text_rope_pos"]
+    return inputs | {"audio_hidden_states": draw(1, 3, c.in_audio_dim)}
 
 
 def kandinsky6_sr_inputs(c, draw):
@@ -278,16 +270,6 @@ def minimax_inputs(c, draw):
         "text_indices": rows[:TOKENS],
         "video_indices": rows[TOKENS : TOKENS + video],
         "audio_indices": rows[TOKENS + video :],
-    }
-
-
-def joyimage_inputs(c, draw):
-    """JoyImage: a video, or two images."""
-    time, height, width = c.patch_size
-    return {
-        "hidden_states": draw(1, c.in_channels, 2 * time, 2 * height, 2 * width),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": draw(1, TOKENS, c.text_dim),
     }
 
 
@@ -391,7 +373,7 @@ INPUTS = {
     "Kandinsky6Transformer3DModel": kandinsky6_inputs,
     "Kandinsky6SRTransformer3DModel": kandinsky6_sr_inputs,
     "MiniMaxH3Transformer3DModel": minimax_inputs,
-    "JoyImageEditTransformer3DModel": joyimage_inputs,
+    "JoyImageEditTransformer3DModel": wan_inputs,
     "JoyImageEditPlusTransformer3DModel": joyimage_plus_inputs,
     "SanaWMLTX2RefinerTransformer3DModel": refiner_inputs,
     "Cosmos3OmniTransformer": omni_inputs,
@@ -406,11 +388,10 @@ def random_inputs(model, seed: int = 0) -> dict:
 
 def main_type(source: Source) -> torch.dtype:
     """The type that most of a model's bytes have."""
-    sizes = dict.fromkeys(DTYPES, 0)
+    sizes = Counter()
     for entry in source.tensors.values():
-        if entry.dtype in sizes:
-            sizes[entry.dtype] += entry.size
-    return DTYPES[max(sizes, key=sizes.get)]
+        sizes[entry.dtype] += entry.size
+    return DTYPES[max(DTYPES, key=sizes.__getitem__)]
 
 
 def import_diffusers():
@@ -499,33 +480,22 @@ def importance(path: Path | str, draws: int = 4) -> list[tuple[int, str, float]]
     """A diffusers folder, or a checkpoint of this project -> (number for --at, block, 1 - cos(input, output))
     of each block, the mean over tokens and `draws` random inputs. 0 is a block that does nothing."""
     if is_diffusers(path):
-        model, run = load(model_folder(path)), run_diffusers
-        lists = first_numbers(type(model).__name__, model.config)
+        model, run = load(model_folder(path)), outputs_of
+        rules = block_lists(type(model).__name__, model.config)
     else:
-        model, run, lists = load_model(path)[0], run_own, {"blocks": 0}
-    meters = []
-    for blocks, first in lists.items():
-        for i, block in enumerate(model.get_submodule(blocks)):
+        model, run, rules = load_model(path)[0], run_own, (BlockList("blocks", "depth", ()),)
+    meters, firsts, total = [], {}, 0
+    for rule in rules:
+        blocks = model.get_submodule(rule.name)
+        first = firsts.setdefault(rule.count, total)  # lists that share a count share its numbers
+        total = first + len(blocks)
+        for i, block in enumerate(blocks):
             meter = Meter(1 if type(model).__name__ in TEXT_FIRST else 0)
             block.register_forward_hook(meter, with_kwargs=True)
-            meters.append((first + i, f"{blocks}.{i}", meter))
+            meters.append((first + i, f"{rule.name}.{i}", meter))
     for seed in range(draws):
         run(model, seed)
     return [(number, block, meter.total / meter.calls) for number, block, meter in meters]
-
-
-def first_numbers(name: str, config: dict) -> dict[str, int]:
-    """The number that --at gives to the first block of each list. Lists that share a count share numbers."""
-    starts, counts = {}, {}
-    for rule in block_lists(name, config):
-        starts[rule.name] = counts.get(rule.count, sum(config[count] for count in counts))
-        counts[rule.count] = starts[rule.name]
-    return starts
-
-
-def run_diffusers(model, seed: int):
-    """Random inputs of the class."""
-    model(**random_inputs(model, seed), return_dict=False)
 
 
 def run_own(model, seed: int):
