@@ -267,20 +267,16 @@ def read_source(folder: Path) -> Source:
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     if not indices + files:
-        weights = [file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS]
+        weights = ", ".join(file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS)
         reason = "pickles, which may run any code, are never loaded, and GGUF is quantized"
-        raise ValueError(
-            f"{folder} has no .safetensors, only {', '.join(weights) or 'other files'}: {reason}"
-        )
+        raise ValueError(f"{folder} has no .safetensors, only {weights or 'other files'}: {reason}")
     first = (indices + files)[0]
     tensors = read_shards(folder, first) if indices else read_header(first)
     used = dict.fromkeys(entry.file for entry in tensors.values())
     others = [file.name for file in indices + files if file != first and file not in used]
     if others:
-        others = ", ".join(others[:4])
-        raise ValueError(
-            f"{folder} has several checkpoints: {first.name} and {others}. Move all but one away"
-        )
+        found = ", ".join([first.name, *others][:4])
+        raise ValueError(f"{folder} has several checkpoints: move all but one of {found} away")
     metadata = {}
     for file in used:
         with safe_open(file, "pt") as opened:

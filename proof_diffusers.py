@@ -14,7 +14,6 @@ Left out: control nets, IP adapters and caches, which no checkpoint holds.
 
 import importlib.util
 import math
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -388,10 +387,11 @@ def random_inputs(model, seed: int = 0) -> dict:
 
 def main_type(source: Source) -> torch.dtype:
     """The type that most of a model's bytes have."""
-    sizes = Counter()
+    sizes = dict.fromkeys(DTYPES, 0)
     for entry in source.tensors.values():
-        sizes[entry.dtype] += entry.size
-    return DTYPES[max(DTYPES, key=sizes.__getitem__)]
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.size
+    return DTYPES[max(sizes, key=sizes.get)]
 
 
 def import_diffusers():
@@ -399,7 +399,7 @@ def import_diffusers():
     try:
         import diffusers
     except ImportError:
-        raise ValueError("a check needs diffusers: pip install diffusers") from None
+        raise ValueError("this needs diffusers: pip install diffusers") from None
     return diffusers
 
 

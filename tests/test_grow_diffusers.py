@@ -671,7 +671,7 @@ def test_a_second_checkpoint_is_refused(name, sharded, folders, tmp_path):
     """It would not fit the new config, and nothing says which of the two to grow."""
     (sharded / name).write_text("{}")
     with pytest.raises(
-        ValueError, match=rf"several checkpoints: .*json and .*{name[-12:]}\. Move all but one"
+        ValueError, match=rf"several checkpoints: move all but one of .*json, .*{name[-12:]} away"
     ):
         grow(sharded, tmp_path / "out", 1)
 
