@@ -36,7 +36,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     option("--at", type=numbers, metavar="N,N,...", help="copy exactly these blocks, each right after itself")
     option("--zero", help="which factor of the copies is zero, proj or gate [proj, if the class allows it]")
     option("--out", help="folder for the grown model; it must not exist, except for --check alone")
-    option("--check", action="store_true", help="compare the outputs of FOLDER and OUT, without a growth too")
+    option("--check", action="store_true", help="compare FOLDER and OUT, new or already there, by diffusers")
     option("--importance", action="store_true", help="only print how much each block changes its tokens")
     args = parser.parse_args(argv)
     if args.depth and args.at:
@@ -44,8 +44,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     asked = args.depth or args.at
     if asked and args.importance:
         raise ValueError("--importance does not grow: look at it first, then grow")
-    for name in ("add", "zero", "out"):
-        if getattr(args, name) and not asked and not (name == "out" and args.check):
+    for name in ("add", "zero") if args.check else ("add", "zero", "out"):
+        if getattr(args, name) and not asked:
             raise ValueError(f"--{name} is for a growth: give --depth or --at too")
     if (asked or args.check) and not args.out:
         raise ValueError("name a folder for the grown model with --out")

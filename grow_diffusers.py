@@ -35,8 +35,6 @@ Traps:
 - MiniMaxH3 makes its gates three times, for video, text and audio, in one map.
 - Kandinsky6 has gates in maps of 9 and of 3 pieces, which may be unequal. Only the projections can be zero.
 - The refiner of SanaWM does not run the audio part of its blocks. Its projections are zeroed as well.
-- WanAnimate2 skips block 9 in the unconditional pass of its guidance. A copy before block 9 moves it: with 12
-  blocks, insert changed that pass by 1.0 of 3.9. So it is refused.
 
 How it differs from other tools: mergekit moves layers of language models and does not preserve the function.
 Left out: training; width, MLP and LLM growth; quantized checkpoints; pickles, which may run code; control
@@ -312,9 +310,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is not a dictionary)
-                dtype = opened.get_slice(name).get_dtype()
-                tensor = opened.get_tensor(name)  # mapped, not read
-                tensors[name] = Entry(file, tuple(tensor.shape), dtype, tensor.nbytes, tensor.itemsize)
+                part, tensor = opened.get_slice(name), opened.get_tensor(name)  # mapped, not read
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                tensors[name] = Entry(file, shape, dtype, tensor.nbytes, tensor.itemsize)
     except SafetensorError as error:
         with file.open("rb") as opened:
             pointer = opened.read(7) == b"version"  # the first word of a Git LFS pointer

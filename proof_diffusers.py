@@ -1,8 +1,9 @@
 """A diffusers model on random inputs: the proof of a growth, and the importance of blocks.
 
-`python grow.py FOLDER --depth insert --add 6 --out OUT --check` prints the largest difference. It loads both
-models, one after the other, so it takes the memory of the larger one. diffusers must be installed. The inputs
-are small: a few frames, a few tokens. Each class takes other inputs, so there is a function for each kind.
+`python grow.py FOLDER --depth insert --add 6 --out OUT --check` prints the largest difference; without
+--depth and --add it compares FOLDER with an OUT that is there. It loads both models, one after the other, so
+it takes the memory of the larger one. diffusers must be installed. The inputs are small: a few frames, a few
+tokens. Each class takes other inputs, so there is a function for each kind.
 
 `python grow.py FOLDER --importance` prints 1 - cos(input, output) of each block, the block importance of
 SANA-1.5 (arXiv 2501.18427), for diffusers folders and for checkpoints of this project. SANA-1.5 takes a

@@ -557,28 +557,38 @@ def edit(entries, changes):
             entries[name] = value
 
 
-def edited(base, folder, changes, metadata=None):
+def edited(base, folder, changes):
     """A copy of an unsharded model, with other tensors."""
     shutil.copytree(base, folder)
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     edit(tensors, changes)
-    save_file(tensors, file, metadata)
-    return folder
+    save_file(tensors, file)
 
 
 def test_tensors_outside_the_blocks_may_have_any_type(folders, tmp_path):
-    """They are copied as they are, empty ones and numbers too, and so is the metadata."""
+    """They are copied as they are, empty ones and numbers too, and so is the metadata. A shard that mixes
+    types is aligned."""
     extra = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.tensor(0.1, dtype=torch.float64)}
     extra |= {"c": torch.zeros(0, 2), "d": torch.ones(3).to(torch.float8_e4m3fn), "e": torch.tensor([7])}
-    edited(folders("ltx"), tmp_path / "base", extra, {"by": "me"})
+    shutil.copytree(folders("ltx"), tmp_path / "base")
+    (tmp_path / "base/diffusion_pytorch_model.safetensors").rename(tmp_path / "base/2.safetensors")
+    save_file(extra, tmp_path / "base/1.safetensors", {"by": "me"})
+    weight_map = dict.fromkeys(extra, "1.safetensors")
+    weight_map |= dict.fromkeys(load_file(tmp_path / "base/2.safetensors"), "2.safetensors")
+    index = tmp_path / "base/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     grow(tmp_path / "base", tmp_path / "out", 1)
     grown = tensors_of(tmp_path / "out")
     for name, tensor in tensors_of(tmp_path / "base").items():
         if not name.startswith("transformer_blocks"):
             assert grown[name].dtype == tensor.dtype and torch.equal(grown[name], tensor), name
-    with safe_open(tmp_path / "out/diffusion_pytorch_model.safetensors", "pt") as file:
-        assert file.metadata() == {"by": "me", "format": "pt"}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        header = json.loads(file.read_bytes()[8 : 8 + length])
+        assert header.pop("__metadata__") == {"by": "me", "format": "pt"}
+        for name, entry in header.items():
+            assert (8 + length + entry["data_offsets"][0]) % grown[name].itemsize == 0
 
 
 # --------------------------------------------------------------------------------------------------------
