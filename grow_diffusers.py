@@ -55,7 +55,7 @@ from stacking import WHERE, stacking_plan
 
 STEM = "diffusion_pytorch_model"  # of the names of files that from_pretrained looks for
 HISTORY = "_modelgrow"  # an entry of config.json; diffusers ignores and keeps names that begin with _
-TYPES = ("F32", "F16", "BF16")  # of the blocks, as in a safetensors header
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that blocks may have
 TOOLS = (".git", ".cache")  # folders that are not copied
 WEIGHTS = {".safetensors", ".msgpack", ".gguf", *PICKLES}  # suffixes; those of the model are not copied
 

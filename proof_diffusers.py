@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from grow_diffusers import BlockList, Source, block_lists, is_diffusers, model_folder, read_source
+from grow_diffusers import TYPES, BlockList, Source, block_lists, is_diffusers, model_folder, read_source
 from run import load_model
 
 TOKENS = 5  # of text
 TEXT_FIRST = ("FluxTransformer2DModel", "Cosmos3OmniTransformer")  # their blocks return text, then video
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Draw:
@@ -388,11 +387,11 @@ def random_inputs(model, seed: int = 0) -> dict:
 
 def main_type(source: Source) -> torch.dtype:
     """The type that most of a model's bytes have."""
-    sizes = dict.fromkeys(DTYPES, 0)
+    sizes = dict.fromkeys(TYPES, 0)
     for entry in source.tensors.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.size
-    return DTYPES[max(sizes, key=sizes.get)]
+    return TYPES[max(sizes, key=sizes.get)]
 
 
 def import_diffusers():
