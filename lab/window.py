@@ -175,15 +175,19 @@ def budget_table(found, budget) -> str:
         result = by_seed[min(by_seed)]
         cells = [arm, str(result["curve"][-1]["step"])]
         cells.append(spread([measure(each, "last") for each in by_seed.values()], 4))
-        for other in (NEVER, SCRATCH):  # EXTRA spends less than they do
-            cells.append("" if arm == EXTRA else lower_cell(found[budget], arm, other))
-        cells += [ratio_cell(found, budget, arm, other) for other in (NEVER, SCRATCH)]
+        if arm == EXTRA:  # it spends less than the others, and is a point of the curve of SCRATCH
+            cells += [""] * 4
+        else:
+            cells += [lower_cell(found[budget], arm, other) for other in (NEVER, SCRATCH)]
+            cells += [ratio_cell(found, budget, arm, other) for other in (NEVER, SCRATCH)]
         cells += [mixing_cell(found[budget], arm), f"{result['tokens'] / result['parameters']:.2g}"]
         rows.append(cells)
     titles = ["arm", "steps", "final loss"]
     for what in ("lower than", "times fewer FLOPs than"):
         titles += [f"{what} *{other}*" for other in (NEVER, SCRATCH)]
-    return markdown_table([*titles, "mixes at", "tokens per parameter"], rows)
+    titles += ["mixes at", "tokens per parameter"]
+    used = [i for i in range(len(titles)) if any(row[i] for row in rows)]  # one budget gives no ratio
+    return markdown_table([titles[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def lead_table(found) -> str:
@@ -280,12 +284,14 @@ def plot_loss(found, path: Path):
                 draw_band(axes, arms[arm], f"C{number}")
                 drawn += arms[arm].values()
         axes.plot([], [], color=f"C{number}", label=arm)
-    start = 0.45 * min(result["flops"] for result in drawn) if drawn else 0
-    points = [point for result in drawn for point in loss_curve(result, "val_loss") if point[1] > start]
-    if points:
-        axes.set(xlim=(start, 1.15 * max(point[1] for point in points)))
-        losses = [point[2] for point in points]
-        axes.set(ylim=(0.98 * min(losses), 1.02 * max(losses)))
+    budgets = sorted({float(f"{result['flops']:.2g}") for result in drawn})
+    start = 0.45 * min(budgets, default=0)
+    losses = [loss for result in drawn for _, flops, loss in loss_curve(result, "val_loss") if flops > start]
+    if losses:
+        axes.set(xlim=(start, 1.15 * budgets[-1]), ylim=(0.98 * min(losses), 1.02 * max(losses)))
+        ticks = [budgets[0] / 2, *budgets]
+        axes.set_xticks(ticks, [f"{flops:.2g}" for flops in ticks])
+        axes.set_xticks([], minor=True)
     axes.legend()
     save_plot(figure, path)
 
