@@ -124,6 +124,9 @@ def test_tuning_trains_each_size_from_scratch(quick, whole, tmp_path):
         losses = [point["val_loss"] for point in json.loads(whole[f"1-{arm}-3.json"])["curve"]]
         found = json.loads(files[f"1-{name}-3.json"].read_bytes())["curve"]
         assert found[-1]["val_loss"] == losses[-1] and len(found) > 3
+    for name, path in files.items():
+        arguments = json.loads(path.read_bytes())["arguments"]
+        assert float(arguments[arguments.index("--lr") + 1]) == float(name.split("-")[-2])
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}
     files["1-6-blocks-rate-0.006-3.json"].unlink()
     quick("tuned", folder)
