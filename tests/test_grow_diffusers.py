@@ -591,6 +591,45 @@ def test_tensors_outside_the_blocks_may_have_any_type(folders, tmp_path):
             assert (8 + length + entry["data_offsets"][0]) % grown[name].itemsize == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shard_sizes(tmp_path, dtype):
+    """No shard is larger than the largest of the base, and there are not many more of them."""
+    tiny("wan").to(dtype).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    grow(tmp_path / "base", tmp_path / "grown", 2)
+
+    def sizes(folder):
+        return [sum(t.nbytes for t in load_file(f).values()) for f in folder.glob("*.safetensors")]
+
+    index = json.loads((tmp_path / "grown/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes(tmp_path / "grown"))
+    assert max(sizes(tmp_path / "grown")) <= max(sizes(tmp_path / "base"))
+    assert len(sizes(tmp_path / "grown")) <= 2 * len(sizes(tmp_path / "base"))
+
+
+def test_parameters_are_counted(folders, tmp_path):
+    """Before and after, as the models have them."""
+    summary = grow(folders("wan"), tmp_path / "out", 1)
+    counts = [sum(p.numel() for p in load(f).parameters()) for f in (folders("wan"), tmp_path / "out")]
+    assert list(summary.parameters) == counts
+
+
+def test_a_gate_with_a_bias_alone_is_open(folders, tmp_path):
+    """Then the projections of a copy may be zero: it is not dead."""
+    shutil.copytree(folders("hunyuan"), tmp_path / "base")
+    file = tmp_path / "base/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith(("norm1.linear.weight", "norm1_context.linear.weight", ".norm.linear.weight")):
+            tensors[name].zero_()
+    save_file(tensors, file, {"format": "pt"})
+    grow(tmp_path / "base", tmp_path / "out", [1, 1], zero="proj")
+
+
+def test_split_by_size():
+    """Lists share copies in proportion."""
+    assert grow_diffusers.split(3, [20, 40]) == [1, 2] and grow_diffusers.split(2, [2, 3]) == [0, 2]
+
+
 # --------------------------------------------------------------------------------------------------------
 # Errors, each in one line, and nothing is left behind
 
