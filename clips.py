@@ -12,10 +12,9 @@ if its text is empty or not UTF-8. "text" is the detailed caption; "text_short" 
 Metadata can only refer to files that a walk through the folder has found: absolute paths, `..` and symbolic
 links lead nowhere.
 
-**Cache.** Every file is decoded once (decode.py). Its clips are appended to clips.bin, and then a line about
-it to manifest.jsonl, `COMMIT` files at a time. After a kill, bytes that no line describes are cut off, and
-their files are decoded again. A file counts as unchanged while its size and time of change stay. Each folder,
-shape, frame rate and `CLIPS_VERSION` has its own cache. Its bytes are mapped into memory, not read.
+**Cache.** Every file is decoded once (decode.py), and its clips are kept in one safetensors file. The name of
+that file depends on the video's path, size and time of change, on the shape and frame rate of the clips, and
+on `CLIPS_VERSION`. Training reads the clips of a batch from there, so a data set may exceed the memory.
 
 **Bad files** and bad lines of metadata are skipped, with a name and a reason. If they are more than a share
 of all (`--max-bad`), nothing is trained. The next start tries bad files again, since the machine may be the
@@ -43,13 +42,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from decode import MAX_CLIPS, OTHER_VIDEOS, PICTURES, VIDEOS, DecodingPool
-from machine import cache_dir, decode_text
+from machine import cache_dir, decode_text, write_cache
 from video import FPS, is_marked, save_grid
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -63,8 +61,8 @@ COMPARED = 10_000  # pairs of names that are searched for typos
 MAX_BAD = 0.1  # share of files and lines that may be bad
 MAX_LINE = 1 << 20  # bytes of a line of metadata
 MAX_CAPTION = 2000  # characters
-MAX_WAITING = 1 << 30  # bytes of decoded clips that wait in memory
-COMMIT = 64  # files between writes that survive a power cut
+GROUP = 64  # files that are decoded before their clips are written
+MAX_WAITING = 1 << 30  # bytes of clips that wait for that
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -382,107 +380,69 @@ def name_some(names: list[str]) -> str:
 # The cache
 
 
-def stamp(path: Path) -> list:
-    """[name, size, time of change] of a file, or of each file of a folder: it tells that one has changed."""
+def cache_place(path: Path, frames: int, size: int, fps: float) -> Path:
+    """Where the clips of a file lie once it is decoded. A file that has changed has another place."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    key = json.dumps([os.fsencode(path.resolve()).hex(), stamps, frames, size, fps, CLIPS_VERSION])
+    return cache_dir() / f"clips-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
-class Cache:
-    """The decoded clips of a folder: clips.bin, uint8 (n, 3, frames, size, size), and manifest.jsonl, a line
-    for each decoded file."""
+def read_entry(place: Path) -> dict | None:
+    """What a file of the cache says about its clips, and its place; None if it is not there, or damaged."""
+    try:
+        with safe_open(place, "pt") as file:
+            return json.loads(file.metadata()["about"]) | {"place": place}
+    except (OSError, SafetensorError):
+        return None
 
-    def __init__(self, root: Path, frames: int, size: int, fps: float):
-        self.root, self.shape = root, (frames, size, fps)
-        key = json.dumps([os.fsencode(root.resolve()).hex(), *self.shape, CLIPS_VERSION])
-        self.path = cache_dir() / f"clips-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        self.path.mkdir(exist_ok=True)
-        self.clip_bytes = 3 * frames * size**2
-        self.clips = 0  # how many there are
-        self.entries = {}  # file -> its line of the manifest
 
-    def pixels(self) -> torch.Tensor:
-        """All clips, uint8 (n, 3, frames, size, size), mapped into memory: read when they are looked at."""
-        frames, size, _ = self.shape
-        shape = (self.clips, 3, frames, size, size)
-        return torch.from_numpy(np.memmap(self.path / "clips.bin", np.uint8, "c", shape=shape))
+def decode_missing(root: Path, places: dict[str, Path], frames: int, size: int, fps: float) -> dict[str, str]:
+    """Decode those files of `places`, {file: its place in the cache}, that are not there yet -> {file: why it
+    could not be decoded}. Raises OSError, for example if the disk is full."""
+    missing = [name for name, place in places.items() if not read_entry(place)]
+    if not missing:
+        return {}
+    failed = {}
+    workers = min(torch.get_num_threads(), 8, len(missing))
+    step = max(1, min(GROUP, MAX_WAITING // (MAX_CLIPS * 3 * frames * size**2)))
+    bar = tqdm(total=len(missing), desc="decoding clips", unit="file")
+    with DecodingPool(workers, frames, size, fps) as pool, bar:
+        for start in range(0, len(missing), step):
+            names = missing[start : start + step]
+            results = pool.decode([root / name for name in names], bar.update)
+            for name, (clips, about, fault) in zip(names, results, strict=True):
+                if fault:
+                    failed[name] = fault
+                    continue
+                about = json.dumps(about | {"clips": len(clips)})
+                write_cache(places[name], {"clips": torch.from_numpy(clips).contiguous()}, {"about": about})
+    return failed
 
-    def fill(self, names: list[str]) -> dict[str, str]:
-        """Decode those of `names` that are missing or have changed -> {file: why it could not be decoded}.
-        While another process fills the cache, this one waits. A cache that belongs to another user, and may
-        only be read, is enough if nothing is missing. Raises OSError."""
-        stamps = {name: stamp(self.root / name) for name in names}
-        pixels_file, manifest_file = self.path / "clips.bin", self.path / "manifest.jsonl"
-        try:
-            with (
-                filelock.FileLock(self.path / "lock"),
-                pixels_file.open("ab") as pixels,
-                manifest_file.open("ab") as manifest,
-            ):
-                manifest.truncate(self.read_manifest(pixels.tell() // self.clip_bytes))
-                pixels.truncate(self.clips * self.clip_bytes)
-                new = self.missing(stamps)
-                return self.decode(new, stamps, pixels, manifest) if new else {}
-        except PermissionError:
-            if not (pixels_file.is_file() and manifest_file.is_file()):
-                raise
-            self.read_manifest(pixels_file.stat().st_size // self.clip_bytes)
-            if self.missing(stamps):
-                raise
-            return {}
 
-    def missing(self, stamps: dict[str, list]) -> list[str]:
-        """The files that have not been decoded as they are now."""
-        return [name for name in stamps if self.entries.get(name, {}).get("stamp") != stamps[name]]
+class CachedClips:
+    """Clips of the cache in place of a tensor, uint8 (N, 3, T, H, W): only what is indexed is read.
 
-    def read_manifest(self, room: int) -> int:
-        """Read the manifest up to a line that was cut off, or that describes more than `room` clips -> the
-        length of what was read, in bytes."""
-        path, length = self.path / "manifest.jsonl", 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-                end = entry["first"] + entry["clips"]
-            except (ValueError, TypeError, KeyError):
-                break
-            if end > room or not line.endswith(b"\n"):
-                break
-            self.entries[entry["file"]] = entry  # a later line replaces that of a file that has changed
-            self.clips = end
-            length += len(line)
-        return length
+    places: for each clip, the file of the cache that holds it, and its number there."""
 
-    def decode(self, names: list[str], stamps: dict, pixels, manifest) -> dict[str, str]:
-        """Decode files in groups, and append their clips in this order -> {file: why it is bad}."""
-        failed = {}
-        workers = min(torch.get_num_threads(), 8, len(names))
-        step = max(1, min(COMMIT, MAX_WAITING // (MAX_CLIPS * self.clip_bytes)))
-        bar = tqdm(total=len(names), desc="decoding clips", unit="file")
-        with DecodingPool(workers, *self.shape) as pool, bar:
-            for start in range(0, len(names), step):
-                group = names[start : start + step]
-                results = pool.decode([self.root / name for name in group], bar.update)
-                entries = []
-                for name, (clips, about, fault) in zip(group, results, strict=True):
-                    if fault:
-                        failed[name] = fault
-                        continue
-                    entry = {"file": name, "stamp": stamps[name], "first": self.clips, "clips": len(clips)}
-                    entries.append(entry | about)
-                    pixels.write(clips.tobytes())
-                    self.clips += len(clips)
-                self.commit(entries, pixels, manifest)
-        return failed
+    device = torch.device("cpu")
 
-    def commit(self, entries: list[dict], pixels, manifest):
-        """Write what was appended to the disk: the bytes first, since a line must not describe clips that are
-        not there."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        for file, content in ((pixels, b""), (manifest, lines.encode())):
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self.entries |= {entry["file"]: entry for entry in entries}
+    def __init__(self, places: list[tuple[Path, int]]):
+        self.places = places
+        self.shape = torch.Size([len(places), *self.read(0).shape])
+        self.nbytes = self.shape.numel()
+
+    def __len__(self):
+        return len(self.places)
+
+    def read(self, row: int) -> torch.Tensor:
+        place, number = self.places[row]
+        with safe_open(place, "pt") as file:
+            return file.get_slice("clips")[number]
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (B,) -> uint8 (B, 3, T, H, W)."""
+        return torch.stack([self.read(row) for row in rows.tolist()])
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -491,12 +451,11 @@ class Cache:
 
 @dataclass
 class Scan:
-    """What is known of a folder. The order of `entries`, {file: its line of the manifest}, is that of the
+    """What is known of a folder. The order of `entries`, {file: what the cache says about it}, is that of the
     files; `captions` is {file: (caption, short caption)}, `problems` [(what was skipped, why)], and `notes`
     lines about what a user may not have meant."""
 
     root: Path
-    cache: Cache
     entries: dict[str, dict]
     captions: dict[str, tuple[str, str]]
     problems: list[tuple[str, str]]
@@ -513,13 +472,12 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
         raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
     found, problems, passed_over = find_clips(root)
     captions, bad_captions, notes = read_captions(root, found)
-    readable = [name for name in found if name in captions]
-    cache = Cache(root, frames, size, fps)
-    failed = cache.fill(readable)
-    entries = {name: cache.entries[name] for name in readable if name not in failed}
+    places = {name: cache_place(root / name, frames, size, fps) for name in found if name in captions}
+    failed = decode_missing(root, places, frames, size, fps)
+    entries = {name: read_entry(place) for name, place in places.items() if name not in failed}
     problems = [*problems, *bad_captions, *failed.items()]
     problems = [(printable(what), printable(why)) for what, why in problems]
-    return Scan(root, cache, entries, captions, problems, [*passed_over, *notes])
+    return Scan(root, entries, captions, problems, [*passed_over, *notes])
 
 
 def split(names: list[str], share: float = VALIDATION) -> tuple[list[str], list[str], str]:
@@ -554,9 +512,8 @@ class FolderDataset:
     """The clips of a folder with captions, with the interface of `ToyDataset`.
 
     `part` is "train" or "validation". `caption_style` is "short", "detailed" or "both" (short and detailed in
-    turn). Of more than `count` clips, `count` are chosen evenly; None takes all. Clip i is `videos[rows[i]]`,
-    with `videos` uint8 (M, 3, T, H, W). `validation` is the share of files that is held out. Raises
-    ValueError, in one line, as `why_refused` says."""
+    turn). Of more than `count` clips, `count` are chosen evenly; None takes all. `validation` is the share of
+    files that is held out. Raises ValueError, in one line, as `why_refused` says."""
 
     def __init__(
         self, scanned: Scan, part="train", caption_style="detailed", max_bad=MAX_BAD, count=None,
@@ -570,8 +527,7 @@ class FolderDataset:
         clips = [(name, i) for name in chosen for i in range(entries[name]["clips"])]
         clips = choose_evenly(clips, count or len(clips))
         self.problems, self.notes = scanned.problems, [*scanned.notes, note]
-        self.videos = scanned.cache.pixels()
-        self.rows = torch.tensor([entries[name]["first"] + i for name, i in clips])
+        self.videos = CachedClips([(entries[name]["place"], i) for name, i in clips])
         self.names = [f"{printable(name)}, clip {i + 1}" for name, i in clips]
         first, second = {"detailed": (0, 0), "short": (1, 1), "both": (1, 0)}[caption_style]
         self.captions = []
@@ -580,12 +536,11 @@ class FolderDataset:
             self.captions.append(scanned.captions[name][column])
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.captions)
 
     def batch(self, rows) -> torch.Tensor:
-        """Numbers of clips -> x (B, 3, T, H, W) float32 in [-1, 1], on the device of `videos`."""
-        rows = self.rows[torch.as_tensor(rows, device=self.rows.device)]
-        return self.videos[rows.to(self.videos.device)].float() / 127.5 - 1
+        """Numbers of clips -> x (B, 3, T, H, W) float32 in [-1, 1]."""
+        return self.videos[torch.as_tensor(rows)].float() / 127.5 - 1
 
 
 def check(root: Path | str, out: Path, frames: int, size: int, fps: float, caption_style="detailed"):
@@ -610,8 +565,8 @@ def check(root: Path | str, out: Path, frames: int, size: int, fps: float, capti
 def draw_preview(scanned: Scan, captions: dict[str, str], out: Path, fps: float):
     """Draw the first clips of at most 32 files, with names and captions."""
     names = choose_evenly(list(captions), 32)
-    firsts = [scanned.entries[name]["first"] for name in names]
-    videos = scanned.cache.pixels()[firsts].permute(0, 2, 3, 4, 1).numpy()
+    clips = CachedClips([(scanned.entries[name]["place"], 0) for name in names])
+    videos = clips[torch.arange(len(names))].permute(0, 2, 3, 4, 1).numpy()
     labels = [f"{printable(name)}: {captions[name]}" for name in names]
     out.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "gif"):

@@ -375,7 +375,6 @@ class ToyDataset:
 
     scenes    list of N scenes
     videos    uint8 (N, 3, T, H, W) on `device`, 25 kB a clip of 8 frames of 32x32
-    rows      int64 (N,) on `device`: clip i is videos[rows[i]], here videos[i]
     captions  list of N texts
     names     list of N names of clips, for messages
     problems  what could not be read, and why: nothing
@@ -388,7 +387,6 @@ class ToyDataset:
     ):  # fmt: skip
         device = str(torch.device(device))
         self.scenes, self.videos = rendered(which, count, seed, pairs, frames, size, device)
-        self.rows = torch.arange(count, device=device)
         self.captions = captions_of(self.scenes, caption_style, vocabulary, drop_attribute)
         self.names = [f"{which} {scene.seed}" for scene in self.scenes]
         self.problems, self.notes = [], []
@@ -398,8 +396,7 @@ class ToyDataset:
 
     def batch(self, rows) -> torch.Tensor:
         """Row numbers, a list or a LongTensor -> clips (B, 3, T, H, W), float32 in [-1, 1] on `device`."""
-        rows = torch.as_tensor(rows, device=self.rows.device)
-        return self.videos[self.rows[rows]].float() / 127.5 - 1
+        return self.videos[torch.as_tensor(rows, device=self.videos.device)].float() / 127.5 - 1
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.25  # of a GPU's memory that a data set may take; the model needs the rest
@@ -104,17 +106,16 @@ def fits(size: int, device: torch.device) -> bool:
 class RowStore:
     """Rows of a large tensor, on the training device.
 
-    tensor (M, ...), on any device or memory-mapped; rows: LongTensor (N,) on the CPU, row i of the store is
-    tensor[rows[i]].
+    tensor (N, ...), on any device, or what is indexed like one: `CachedClips` reads its rows from files.
     """
 
-    def __init__(self, tensor: torch.Tensor, rows: torch.Tensor, device: torch.device):
-        self.tensor, self.rows, self.device = tensor, rows.cpu(), device
+    def __init__(self, tensor, device: torch.device):
+        self.tensor, self.device = tensor, device
         self.pool, self.ahead = None, {}
         if device.type == "cpu" or tensor.device == device:
-            return  # it lies where it is needed, or is mapped into memory
-        if fits(len(rows) * tensor[0].nbytes, device):
-            self.tensor, self.rows = tensor[self.rows].to(device), torch.arange(len(rows))
+            return  # it lies where it is needed, or in files
+        if fits(tensor.nbytes, device):
+            self.tensor = tensor[torch.arange(len(tensor))].to(device)
         else:
             self.pool = ThreadPoolExecutor(1)  # one reader of a file is as fast as several
 
@@ -124,13 +125,13 @@ class RowStore:
 
     def pinned(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the store in memory that the device can read while it computes."""
-        return self.tensor[self.rows[index]].pin_memory()
+        return self.tensor[index].pin_memory()
 
     def take(self, index: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
         """Rows `index` (B,) of the store -> (B, ...) on the device. Rows `ahead`, those of the next call, are
         read meanwhile if the store does not lie on the device."""
         if self.pool is None:
-            return self.tensor[to_device(self.rows[index], self.tensor.device)].to(self.device)
+            return self.tensor[to_device(index, self.tensor.device)].to(self.device)
         ready = self.ahead.pop(tuple(index.tolist()), None)
         batch = ready.result() if ready else self.pinned(index)
         self.ahead[tuple(ahead.tolist())] = self.pool.submit(self.pinned, ahead)
@@ -205,6 +206,26 @@ def homeless_cache_dir() -> Path:
         raise OSError(f"{path} belongs to another user: set MODELGROW_CACHE")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path / "inductor"))
     return path
+
+
+def read_cache(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of the cache; none if it is not there yet, or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None):
+    """Write a file of the cache, with `about` in its header. It is complete or absent. Raises OSError, for
+    example if the disk is full."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        try:
+            save_file(tensors, new, about)
+        except SafetensorError as error:
+            raise OSError(f"cannot write into {path.parent}: {error}") from None
+        new.replace(path)
 
 
 def decode_text(content: bytes) -> str:

@@ -303,7 +303,7 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
             print("the first step compiles the model: half a minute, once (--no-compile begins at once)")
         for block in model.blocks:
             block.compile()
-    clips = RowStore(data.clips.videos, data.clips.rows, device)
+    clips = RowStore(data.clips.videos, device)
     args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
     state = first_state(args, start, data.fingerprint(), base_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

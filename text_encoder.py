@@ -53,10 +53,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from machine import bf16_is_fast, cache_dir, fits, run_command
+from machine import bf16_is_fast, cache_dir, fits, read_cache, run_command, write_cache
 
 FEATURES_VERSION = 1  # raise it when the features of the same text change: old cache files are then ignored
 NULL_PROMPT = ""  # the prompt of the unconditional half of classifier-free guidance
@@ -475,26 +474,6 @@ def cache_path(kind: str, texts: list[str], name: str, layers: str | None) -> Pa
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = json.dumps([FEATURES_VERSION, name, layers, weights, texts])
     return cache_dir() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def read_cache(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of the cache; none if it is not there yet, or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return {}
-
-
-def write_cache(path: Path, tensors: dict[str, torch.Tensor]):
-    """Write a file of the cache, which is complete or absent. Raises OSError, for example if the disk is
-    full."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        new = Path(temporary, "new")
-        try:
-            save_file(tensors, new)
-        except SafetensorError as error:
-            raise OSError(f"cannot write features into {path.parent}: {error}") from None
-        new.replace(path)
 
 
 def cached_features(texts, name="minilm", layers=None, device="cpu") -> Features:

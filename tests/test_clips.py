@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
 import signal
 import struct
 import subprocess
@@ -21,11 +20,9 @@ import threading
 import time
 import zlib
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
-import filelock
 import imageio.v3 as iio
 import numpy as np
 import pebble
@@ -38,6 +35,7 @@ from PIL import Image
 import clips
 import decode
 from clips import FolderDataset, scan
+from machine import write_cache
 
 HERE = Path(__file__).parent.parent
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9", ".avi": "ffv1"}
@@ -720,8 +718,9 @@ def test_captions_of_two_styles(tmp_path, direct):
 
 
 @pytest.fixture
-def decoded(direct, monkeypatch):
-    """The files that were decoded since it was emptied."""
+def decoded(direct, monkeypatch, tmp_path):
+    """The files that were decoded since it was emptied. The cache is empty at first."""
+    monkeypatch.setenv("MODELGROW_CACHE", str(tmp_path / "cache"))
     names = []
     real = DirectPool.decode
 
@@ -738,15 +737,16 @@ def is_whole(root):
     dataset = FolderDataset(scan(root), max_bad=0.5)
     names, _, _ = clips.find_clips(root)
     truth = np.concatenate([decode.decode(root / name, 8, 32, 8)[0] for name in names])
-    return np.array_equal(dataset.videos[dataset.rows].numpy(), truth)
+    return np.array_equal(dataset.videos[torch.arange(len(dataset))].numpy(), truth)
 
 
 def test_a_data_set_is_what_the_files_show(tmp_path, all_in_training):
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", seconds=2)
     dataset = FolderDataset(scan(root))
     truth = np.concatenate([decode.decode(root / f"{name}.gif", 8, 32, 8)[0] for name in "abc"])
-    assert len(dataset) == 6 and dataset.rows.dtype == torch.int64 and dataset.videos.dtype == torch.uint8
-    assert np.array_equal(dataset.videos[dataset.rows].numpy(), truth)
+    videos = dataset.videos[torch.arange(6)]
+    assert len(dataset) == len(dataset.videos) == 6 and videos.dtype == torch.uint8
+    assert np.array_equal(videos.numpy(), truth) and dataset.videos.nbytes == truth.nbytes
     expected = torch.from_numpy(truth[[4, 0]]).float() / 127.5 - 1
     for rows in ([4, 0], torch.tensor([4, 0]), np.array([4, 0])):
         assert torch.equal(dataset.batch(rows), expected)
@@ -763,90 +763,74 @@ def test_a_file_is_decoded_once(tmp_path, decoded, all_in_training):
         assert len(FolderDataset(scanned, part, max_bad=0.5)) == 2
     assert sorted(decoded) == ["a.gif", "b.gif", "bad.gif"]
     decoded.clear()
+    (root / "bad.gif").unlink()
     assert is_whole(lay_out(root, "more/d.gif").joinpath("more")) and decoded == ["d.gif"]
     decoded.clear()
-    (root / "bad.gif").unlink()
-    assert is_whole(root) and decoded == ["d.gif"]  # another folder, another cache
-    decoded.clear()
+    assert is_whole(root) and not decoded  # the same file in a larger folder
     write_clip(root / "b.gif", moving_square(9, 16, 32), 8)
     (root / "a.gif").unlink()
     assert is_whole(root) and decoded == ["b.gif"]
     assert len(FolderDataset(scan(root))) == 3
 
 
-def test_a_cache_that_broke_off_is_continued(tmp_path, decoded, all_in_training, monkeypatch):
-    monkeypatch.setattr(clips, "COMMIT", 2)
+def test_a_damaged_cache_is_made_anew(tmp_path, decoded, all_in_training):
     root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", seconds=2)
-    path = scan(root).cache.path
-    pixels, manifest = path / "clips.bin", path / "manifest.jsonl"
-    lines = manifest.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 3
-    for content, expected in (
-        (b"".join(lines), []),
-        (b"".join(lines[:2]) + lines[2][:30], ["c.gif"]),  # killed in the middle of a line
-        (b"".join(lines[:2]) + lines[2].rstrip(), ["c.gif"]),  # at its very end
-        (b"".join(lines[:1]), ["b.gif", "c.gif"]),
-    ):
+    places = {name: clips.cache_place(root / name, 8, 32, 8) for name in ("a.gif", "b.gif", "c.gif")}
+    scan(root)
+    content = places["b.gif"].read_bytes()
+    for damaged in (b"", content[:30], content[:-1], content + b"more"):
         decoded.clear()
-        manifest.write_bytes(content)
-        with pixels.open("ab") as file:
-            file.write(b"half a clip")
-        assert is_whole(root) and decoded == expected
-        assert manifest.read_bytes().count(b"\n") == 3
-        assert pixels.stat().st_size == 6 * 3 * 8 * 32**2
-    decoded.clear()
-    pixels.write_bytes(b"")  # lost, as a clean-up may have done
-    assert is_whole(root) and decoded == ["a.gif", "b.gif", "c.gif"]
+        places["a.gif"].unlink()
+        places["b.gif"].write_bytes(damaged)
+        assert is_whole(root) and decoded == ["a.gif", "b.gif"]
+        assert places["b.gif"].read_bytes() == content
 
 
-def test_the_bytes_come_before_the_line(tmp_path, monkeypatch, all_in_training, direct):
-    """Bytes are on the disk before a line describes them. A kill at any write leaves a cache that goes on."""
-    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif")
-    monkeypatch.setattr(clips, "COMMIT", 1)
-    real, files = os.fsync, []
-
-    def fsync(writes, number):
-        files.append(os.readlink(f"/proc/self/fd/{number}").rpartition("/")[2])
-        if len(files) > writes:
-            raise KeyboardInterrupt
-        real(number)
-
-    for writes in range(6):
-        shutil.rmtree(clips.Cache(root, 8, 32, 8).path)
-        files.clear()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "fsync", partial(fsync, writes))
-            scan(root)
-        assert is_whole(root)
-    assert files == ["clips.bin", "manifest.jsonl"] * 3
-
-
-def test_two_starts_at_once_decode_once(tmp_path, decoded, all_in_training):
+def test_two_starts_at_once(tmp_path, decoded, all_in_training):
+    """Each of them may decode a file, and neither leaves half of one."""
     root = lay_out(tmp_path / "my", "a.gif", "b.gif")
-    lock = filelock.FileLock(clips.Cache(root, 8, 32, 8).path / "lock")
-    with lock:
-        threads = [threading.Thread(target=scan, args=(root,)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        assert not decoded
+    threads = [threading.Thread(target=scan, args=(root,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(decoded) == ["a.gif", "b.gif"] and is_whole(root)
+    decoded.clear()
+    assert is_whole(root) and not decoded
+    places = {clips.cache_place(root / name, 8, 32, 8) for name in ("a.gif", "b.gif")}
+    assert set(clips.cache_dir().iterdir()) == places
+
+
+def test_a_kill_loses_one_group(tmp_path, decoded, all_in_training, monkeypatch):
+    root = lay_out(tmp_path / "my", *(f"{i}.gif" for i in range(9)))
+    monkeypatch.setattr(clips, "GROUP", 2)
+
+    def interrupted(place, *content):
+        if len(list(clips.cache_dir().iterdir())) == 5:
+            raise KeyboardInterrupt
+        write_cache(place, *content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clips, "write_cache", interrupted)
+        scan(root)
+    assert decoded == [f"{i}.gif" for i in range(6)]
+    decoded.clear()
+    assert is_whole(root) and decoded == [f"{i}.gif" for i in range(5, 9)]
 
 
 def test_a_disk_that_fills_up(tmp_path, decoded, all_in_training):
     """It is said, and what was written before is of use."""
-    root = lay_out(tmp_path / "my", *(f"{i}.gif" for i in range(9)))
+    root = lay_out(tmp_path / "my", *(f"{i}.gif" for i in range(3)))
+    write_clip(root / "3.gif", moving_square(3, 64, 32), 8).with_suffix(".txt").write_text("a caption")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="File too large"):
-        patch.setattr(clips, "COMMIT", 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    with pytest.raises(OSError, match=f"cannot write into {clips.cache_dir()}: .*too large"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
             scan(root)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(clips.cache_dir().iterdir())) == 3
     decoded.clear()
-    assert is_whole(root) and decoded == [f"{i}.gif" for i in range(6, 9)]
+    assert is_whole(root) and decoded == ["3.gif"]
 
 
 def test_too_many_bad_files(tmp_path, all_in_training, direct):
@@ -940,7 +924,7 @@ def test_names_that_are_left_out_are_counted():
 def test_sizes_that_are_left_out_are_counted(capsys):
     entry = {"seconds": 1, "height": 9, "notes": []}
     entries = {f"{i}.gif": {**entry, "width": i} for i in range(10)}
-    clips.print_summary(clips.Scan(Path(), None, entries, {}, [], []), dict.fromkeys(entries, "a cat"))
+    clips.print_summary(clips.Scan(Path(), entries, {}, [], []), dict.fromkeys(entries, "a cat"))
     assert "7x9 (1) and 2 more\n" in capsys.readouterr().out
 
 

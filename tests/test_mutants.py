@@ -318,12 +318,13 @@ def test_padding_side(tmp_path):
 
 
 def test_cache_of_clips(tmp_path, monkeypatch):
-    paths = {
-        clips.Cache(tmp_path, *shape).path for shape in ((8, 32, 8), (8, 32, 16), (4, 32, 8), (8, 16, 8))
-    }
+    file = tmp_path / "a.gif"
+    file.write_bytes(b"GIF")
+    shapes = ((8, 32, 8), (8, 32, 16), (4, 32, 8), (8, 16, 8))
+    places = {clips.cache_place(file, *shape) for shape in shapes}
     monkeypatch.setattr(clips, "CLIPS_VERSION", 99)
-    paths.add(clips.Cache(tmp_path, 8, 32, 8).path)
-    assert len(paths) == 5
+    places.add(clips.cache_place(file, 8, 32, 8))
+    assert len(places) == 5
 
 
 def test_touched(tmp_path, decoded, all_in_training):  # noqa: F811

@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_no_features(encoder_name, empty_cache):
     texts = [f"cat {n}" for n in range(100)]
     with (
         little_room(),
-        pytest.raises(OSError, match=f"cannot write features into {empty_cache}: .*too large"),
+        pytest.raises(OSError, match=f"cannot write into {empty_cache}: .*too large"),
     ):
         cached_features(texts, encoder_name)
     assert list(empty_cache.iterdir()) == []

@@ -196,7 +196,7 @@ def numbered_clips(count=50, text_dropout=0.0):
     clips = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1, 1)
     device = torch.device("cpu")
     return SimpleNamespace(
-        clips=RowStore(clips, torch.arange(count), device),
+        clips=RowStore(clips, device),
         captions=100 + torch.arange(count),
         prompts=SimpleNamespace(null=7),
         device=device,
@@ -268,50 +268,42 @@ class NotingStore(RowStore):
         return super().pinned(index)
 
 
-@pytest.fixture
-def rows_and_tensor():
-    """A tensor of 6 rows, of which a store has 4, and these."""
-    tensor, rows = torch.arange(24).view(6, 2, 2), torch.tensor([5, 0, 3, 3])
-    return tensor, rows, tensor[rows]
+TENSOR = torch.arange(16).view(4, 2, 2)  # of four rows
 
 
-def test_rows_on_the_cpu(rows_and_tensor):
-    tensor, rows, expected = rows_and_tensor
-    store = RowStore(tensor, rows, torch.device("cpu"))
+def test_rows_on_the_cpu():
+    store = RowStore(TENSOR, torch.device("cpu"))
     index = torch.tensor([2, 0, 0])
-    assert store.tensor is tensor and torch.equal(store.take(index, index), expected[index])
+    assert store.tensor is TENSOR and torch.equal(store.take(index, index), TENSOR[index])
 
 
-def test_rows_that_fit_are_moved_to_the_device(rows_and_tensor):
-    tensor, rows, _ = rows_and_tensor
-    store = RowStore(tensor, rows, torch.device("meta"))
+def test_rows_that_fit_are_moved_to_the_device():
+    store = RowStore(TENSOR, torch.device("meta"))
     assert store.pool is None and store.tensor.device.type == "meta" and len(store.tensor) == 4
     assert store.take(torch.tensor([1, 3]), torch.tensor([0])).shape == (2, 2, 2)
 
 
-def test_rows_that_do_not_fit_are_read_ahead(rows_and_tensor, monkeypatch):
-    tensor, rows, expected = rows_and_tensor
+def test_rows_that_do_not_fit_are_read_ahead(monkeypatch):
     monkeypatch.setattr(machine, "fits", lambda size, device: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which needs a GPU
-    store = NotingStore(tensor, rows, torch.device("meta"))
+    store = NotingStore(TENSOR, torch.device("meta"))
     store.device = torch.device("cpu")
     batches = [torch.tensor(index) for index in ([0, 1], [2, 2], [3, 0], [1, 1])]
-    assert torch.equal(store.take(batches[0], batches[1]), expected[batches[0]])
-    assert torch.equal(store.take(batches[1], batches[2]), expected[batches[1]])
-    assert torch.equal(store.take(batches[3], batches[0]), expected[batches[3]])  # another one than foretold
+    assert torch.equal(store.take(batches[0], batches[1]), TENSOR[batches[0]])
+    assert torch.equal(store.take(batches[1], batches[2]), TENSOR[batches[1]])
+    assert torch.equal(store.take(batches[3], batches[0]), TENSOR[batches[3]])  # another one than foretold
     store.pool.shutdown()
     assert sorted(store.read) == [[0, 1], [0, 1], [1, 1], [2, 2], [3, 0]]  # [2, 2] was read once, ahead
 
 
 @needs_gpu
-def test_rows_come_to_the_gpu(rows_and_tensor, monkeypatch):
-    tensor, rows, expected = rows_and_tensor
+def test_rows_come_to_the_gpu(monkeypatch):
     for fits in (True, False):
         monkeypatch.setattr(machine, "fits", lambda size, device, fits=fits: fits)
-        store = RowStore(tensor, rows, torch.device("cuda"))
+        store = RowStore(TENSOR, torch.device("cuda"))
         for index in (torch.tensor([0, 3]), torch.tensor([2, 1])):
             batch = store.take(index, torch.tensor([2, 1]))
-            assert batch.is_cuda and torch.equal(batch.cpu(), expected[index])
+            assert batch.is_cuda and torch.equal(batch.cpu(), TENSOR[index])
 
 
 @needs_gpu
