@@ -248,12 +248,22 @@ def check_graph():
     assert launched == [1, 2]
 
 
-IN_NUMPY = (check_values, check_one_key, check_large_scores, check_second_derivative, check_autocast)
+def check_some_values():
+    check_values(range(2))
+
+
+FAST = (check_some_values, check_one_key, check_large_scores)
+IN_NUMPY = (*FAST, check_values, check_second_derivative, check_autocast)
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [*IN_NUMPY, check_graph], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.__name__, marks=() if check in FAST else pytest.mark.slow)
+        for check in (*IN_NUMPY, check_graph)
+    ],
+)
 def test_kernel(check):
     interpret = {"TRITON_INTERPRET": "1"} if check in IN_NUMPY else {}
     paths = {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
