@@ -169,7 +169,7 @@ def test_temporal_consistency_against_its_formulas():
     VBench's loops."""
     scenes = [Scene((Actor("cat", "red", motion),), "night", 5) for motion in ("still", "left", "still")]
     judge = reader.Reader().eval()
-    torch.nn.init.normal_(judge.where.weight, std=1000)  # else the features of a subject are those of the picture
+    torch.nn.init.normal_(judge.where.weight, std=1000)  # else a subject has those of the picture
     still = torch.rand(3, 3, 1, 32, 32).expand(-1, -1, 8, -1, -1)
     scores = evaluate.temporal_consistency(judge, still, scenes)
     del scores["dynamic"]
