@@ -10,7 +10,7 @@ from dit import DiTConfig
 from lab import actors
 from lab.evaluate import prompt_sets, score_set
 from lab.reader import Reader, get_reader, render_clips
-from lab.report import actors_section
+from lab.report import actors_section, actors_table
 from run import load_model
 
 
@@ -81,3 +81,8 @@ def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
         pictures.append((tmp_path / "actors-run.png").read_bytes())
     assert texts[0] == texts[1] and pictures[0] == pictures[1] != pictures[2]
     assert "true clips: several actors" in "".join(texts[0])
+
+
+def test_the_table_has_the_scores_of_the_last_point():
+    points = [{"scores": {"seen": {"subject": 0.1}}}, {"scores": {"seen": {"subject": 0.9}}}]
+    assert "| seen | 0.900 |" in actors_table({"points": points, "ceiling": {}})

@@ -99,6 +99,13 @@ def test_kernel_refuses(channels, dtype, why):
         attention(q, q, q, backend="triton")
 
 
+@needs_triton
+def test_the_kernel_refuses_mixed_types():
+    q, k = torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 2, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float32, bfloat16, bfloat16"):
+        attention(q, k, k, backend="triton")
+
+
 # --------------------------------------------------------------------------------------------------------
 # What the kernel computes. Each check runs in a process of its own.
 

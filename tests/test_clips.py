@@ -713,6 +713,12 @@ def test_captions_of_two_styles(tmp_path, direct):
                 assert name[0] == caption[-1]
 
 
+def test_long_captions_are_cut(tmp_path, direct):
+    root = lay_out(tmp_path / "my", "a.gif")
+    (root / "a.txt").write_text("x" * 3000)
+    assert scan(root).captions["a.gif"] == ("x" * 2000,) * 2
+
+
 # --------------------------------------------------------------------------------------------------------
 # The cache and the data set
 
@@ -753,6 +759,12 @@ def test_a_data_set_is_what_the_files_show(tmp_path, all_in_training):
     assert [name[0] for name in FolderDataset(scan(root), count=3).names] == ["a", "b", "c"]
 
 
+def test_batches_of_chosen_clips(tmp_path, direct, all_in_training):
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", seconds=2)
+    whole, some = FolderDataset(scan(root)), FolderDataset(scan(root), count=3)
+    assert torch.equal(some.batch([1, 2]), whole.batch([2, 4]))
+
+
 def test_a_file_is_decoded_once(tmp_path, decoded, all_in_training):
     """Also a bad one, though both parts of the data set are made of the folder."""
     root = lay_out(tmp_path / "my", "a.gif", "b.gif")
@@ -771,6 +783,25 @@ def test_a_file_is_decoded_once(tmp_path, decoded, all_in_training):
     (root / "a.gif").unlink()
     assert is_whole(root) and decoded == ["b.gif"]
     assert len(FolderDataset(scan(root))) == 3
+
+
+def test_other_clips_of_a_file_have_another_place(tmp_path, monkeypatch):
+    file = tmp_path / "a.gif"
+    file.write_bytes(b"GIF")
+    shapes = ((8, 32, 8), (8, 32, 16), (4, 32, 8), (8, 16, 8))
+    places = {clips.cache_place(file, *shape) for shape in shapes}
+    monkeypatch.setattr(clips, "CLIPS_VERSION", 99)
+    places.add(clips.cache_place(file, 8, 32, 8))
+    assert len(places) == 5
+
+
+def test_a_file_with_another_time_is_decoded_again(tmp_path, decoded, all_in_training):
+    root = lay_out(tmp_path / "my", "a.gif", "b.gif")
+    scan(root)
+    decoded.clear()
+    os.utime(root / "b.gif", ns=(1, 1))
+    scan(root)
+    assert decoded == ["b.gif"]
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, decoded, all_in_training):

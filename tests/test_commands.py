@@ -141,6 +141,35 @@ def test_more_videos_begin_with_the_same():
         assert not torch.equal(first, sample.initial_noise(seed, number, shape))
 
 
+def test_seed_and_number_of_a_video_are_not_exchangeable():
+    assert not torch.equal(sample.initial_noise(0, 1, (4,)), sample.initial_noise(1, 0, (4,)))
+
+
+def test_options_reach_the_solver_and_the_video(tmp_path, encoder_name, monkeypatch):
+    config = replace(SMALL, text_dim=16)
+    save_model(tmp_path, random_model(config).state_dict(), config, text_encoder=encoder_name, fps=12)
+    seen, written = [], []
+
+    def solve(model, noise, prompt, null, steps, guidance, interval, method, progress):
+        backend = model.blocks[0].attn.backend
+        seen.append(
+            (steps, guidance, list(interval), method, backend, int(null[1].sum()), int(prompt[1].sum()))
+        )
+        seen.append(noise)
+        return noise
+
+    monkeypatch.setattr(sample, "solve", solve)
+    monkeypatch.setattr(
+        sample, "write_video", lambda path, clip, fps: written.append((clip.shape, fps)) or []
+    )
+    line = f"--from {tmp_path} --out {tmp_path} --steps 3 --guidance 2 --interval 0.1 0.5 --method euler"
+    line += " --seed 5 --frames 8 --size 32 --attention eager"
+    sample.main(["a red cat", *line.split()])
+    assert seen[0] == (3, 2, [0.1, 0.5], "euler", "eager", 1, 4)
+    assert torch.equal(seen[1][0], sample.initial_noise(5, 0, (3, 8, 32, 32)))
+    assert written == [((8, 32, 32, 3), 12)]
+
+
 def test_which_model_is_used_is_said(tmp_path, model_dir, monkeypatch, capsys):
     """Named or not: here from a folder without runs, so the included one."""
     argv = ["a red cat", "--steps", "1"]

@@ -382,6 +382,13 @@ def test_preview(which, tmp_path, capsys):
     assert durations == [40, 40]  # milliseconds at 25 frames a second
 
 
+def test_a_preview_has_every_kind_with_every_motion():
+    scenes = data.preview_scenes("basic", 0)
+    assert {(s.actors[0].kind, s.actors[0].motion) for s in scenes} == {
+        (k, m) for k in data.KINDS for m in data.MOTIONS
+    }
+
+
 def test_check_gets_all_options(tmp_path, monkeypatch, capsys):
     """And says how training goes on with them, at the size of training if none is given."""
     import clips

@@ -63,6 +63,14 @@ def test_every_axis_has_its_channels():
         assert (torch.stack(changed).sum(0) == 1).all()
 
 
+def test_frequencies_of_the_rotary_embedding():
+    """Position p turns pair k of n by p / 100^(k / n), with a part of the pairs for each axis."""
+    cos, sin = dit.rope_cos_sin(torch.tensor([[3.0, 5.0, 7.0]]), 32)
+    angles = [p * 100.0 ** (-k / n) for p, n in ((3, 4), (5, 6), (7, 6)) for k in range(n)]
+    assert cos[0].tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-5)
+    assert sin[0].tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-5)
+
+
 def test_rotation_is_a_product_of_complex_numbers():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 8, generator=g, dtype=torch.float64)
@@ -260,6 +268,13 @@ def test_what_is_zero_at_the_start():
     weight = model.blocks[0].mlp.up.weight
     bound = math.sqrt(6 / sum(weight.shape))  # Xavier, uniform
     assert 0.9 * bound < weight.abs().max() <= bound
+
+
+def test_weights_begin_uniform_within_the_bounds_of_xavier():
+    for name, p in DiT(replace(SMALL, llm_dim=10, lora_rank=2)).named_parameters():
+        if p.any():
+            bound = math.sqrt(6 / sum(p.shape))
+            assert 0.8 * bound < p.abs().max() <= bound, name
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -306,6 +306,20 @@ def test_an_evaluation_is_repeatable_and_covers_all_sets(tmp_path, encoder_name)
     assert other["seen"]["smoothness"] != once["seen"]["smoothness"]
 
 
+def test_options_reach_the_sampler(tmp_path, encoder_name, monkeypatch):
+    model = random_model(replace(SMALL, text_dim=16))
+    save_checkpoint(tmp_path, Checkpoint(model, model, {}, {"text_encoder": encoder_name, "history": []}, {}))
+    seen = []
+
+    def sample_clips(model, prompts, captions, *how):
+        seen.append(how[:3])
+        return torch.zeros(4, 3, 8, 32, 32)
+
+    monkeypatch.setattr(evaluate, "sample_clips", sample_clips)
+    evaluate.evaluate(tmp_path, evaluate.get_reader(), 4, 2, 1.5, "cpu", 7, only=("long",))
+    assert seen == [(2, 1.5, 7)]
+
+
 @pytest.mark.slow
 def test_the_model_that_comes_along_draws_what_it_is_told():
     """With the real LLM: seen prompts, held-out pairs, and a good part of words that no training had (0.15 of

@@ -83,6 +83,18 @@ def test_heun_looks_at_both_ends_of_a_step_but_the_last():
     assert done == [2, 4, 6, 7]
 
 
+def test_guidance_doubles_the_batch_inside_its_interval_alone():
+    sizes, noise = [], torch.zeros(2, 3, 2, 4, 4)
+
+    def model(x, t, text, mask):
+        sizes.append(len(x))
+        return x
+
+    flow.solve(model, noise, *prompt_of(noise), steps=4, guidance_interval=(0.2, 0.6))
+    # The timesteps are 0, .25, .25, .5, .5, .75, .75.
+    assert sizes == [2, 4, 4, 4, 4, 2, 2]
+
+
 def test_one_step_by_hand():
     """Two steps of each method, for a model that predicts a number which depends on t and x."""
 
@@ -176,3 +188,16 @@ def test_validation_loss_of_a_grey_model(count):
     means = [expected[slices.long() == b].mean().item() for b in range(flow.T_BINS)]
     assert by_t.tolist() == pytest.approx(means, rel=1e-4)
     assert torch.equal(by_t, flow.validation_loss(model, clips, Numbers())), "its draws are not fixed"
+
+
+def test_validation_runs_in_the_precision_of_training():
+    seen = []
+
+    class Noting(GreyModel):
+        def forward(self, x_t, t, text):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x_t, t, text)
+
+    for precision in (torch.bfloat16, None):
+        flow.validation_loss(Noting(), Clips(3), Numbers(), precision)
+    assert seen == [True, False]

@@ -280,6 +280,18 @@ def test_weights_and_ema_grow_with_the_same_random_numbers():
     )
 
 
+def test_moments_of_groups_of_blocks_are_those_of_the_grown_model():
+    base, inputs = random_model(dtype=torch.float64), random_inputs(dtype=torch.float64)
+    state = {}
+    for name, gradient in gradients(base, inputs).items():
+        state[name] = {"step": torch.tensor(40.0), "exp_avg": gradient, "exp_avg_sq": gradient**2}
+    grown = grow.grow_state(checkpoint_of(base, state), "depth", add=2, group=2)  # 0 1 2 2' 2'
+    truth = gradients(grown.model, inputs)
+    assert grown.optimizer_state.keys() == truth.keys() - set(grown.metadata["new"])
+    for name, entry in grown.optimizer_state.items():
+        assert torch.allclose(entry["exp_avg"], truth[name], rtol=1e-9, atol=1e-15), name
+
+
 def moments_after_training(model, inputs, options, steps=40):
     """Train `model` -> AdamW's state by name."""
     optimizer = torch.optim.AdamW(model.parameters(), **options)
@@ -391,6 +403,12 @@ def test_a_whole_state_refuses_unknown_growth_and_adapters_on_zeros():
     trained = {"train": "basic", "steps": 9, "captions": "short", "tune": "all", "seed": 0}
     deep.metadata["history"].append(trained)
     grown_state_by(deep, [("resolution", {"size": 64}), ("lora", {"rank": 2})])
+
+
+def test_adapters_on_a_new_llm_branch_are_refused():
+    grown = grow.grow_state(checkpoint_of(random_model()), "llm", llm_dim=7)
+    with pytest.raises(ValueError, match="adapters would freeze"):
+        grow.grow_state(grown, "lora", rank=2)
 
 
 # --------------------------------------------------------------------------------------------------------

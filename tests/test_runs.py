@@ -706,3 +706,17 @@ def test_a_signal_ends_the_tests(tmp_path, number):
     tests.send_signal(number)
     expected = pytest.ExitCode.INTERRUPTED if number == signal.SIGINT else -signal.SIGTERM
     assert tests.wait(60) == expected
+
+
+def test_a_pause_does_not_count_in_the_speed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(Run, "seconds", lambda run: clock[0])
+    run = begin(tmp_path, steps=20)
+    for step in run.steps():
+        clock[0] += 1
+        run.log(torch.tensor(0.0), batch=4)
+        if step == 4:
+            clock[0] += 100
+            run.pause(100)
+    run.__exit__()
+    assert [record["samples_per_second"] for record in run.records] == [4, 4]

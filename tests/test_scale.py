@@ -194,6 +194,34 @@ def test_clips_for_a_budget(monkeypatch, capsys):
     assert line in capsys.readouterr().out
 
 
+WORLD = SimpleNamespace(
+    rates={4: 0.1, 6: 0.2, 8: 0.3},
+    options=[],
+    new_options=[],
+    unit=1000.0,
+    step_flops={4: 3.1, 6: 4.7, 8: 5.9},
+    runs=Path("r"),
+    results=Path("o"),
+)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_depth_trains_at_its_own_rate(name):
+    """Before its growth an arm takes the rate of the small model."""
+    job, arm = scale.arm_job(WORLD, name, 4, 0), ARMS[name]
+    assert float(job.arguments[job.arguments.index("--lr") + 1]) == WORLD.rates[arm.depth]
+    if job.base:
+        assert float(job.base[job.base.index("--lr") + 1]) == WORLD.rates[4]
+
+
+def test_tuning_takes_the_smallest_budget_and_the_first_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(scale, "open_scale", lambda args: "scale")
+    monkeypatch.setattr(scale, "tune", lambda *a: seen.append(a))
+    scale.main(["--tune", "--budgets", "16", "4", "--seeds", "2", "3"])
+    assert seen[0][:3] == ("scale", 4, 2)
+
+
 # --------------------------------------------------------------------------------------------------------
 # The report
 

@@ -364,6 +364,53 @@ def test_verdicts(values, expected):
     assert verdicts.verdict(values) == expected
 
 
+def test_a_mean_below_two_standard_errors_is_open():
+    assert verdicts.verdict([0.045, 0.2, 0.05]) == "open"
+
+
+def curve(*points):
+    return {"curve": [{"step": s, "flops": s, "val_loss": loss, "old_val_loss": loss} for s, loss in points]}
+
+
+def test_gains_at_equal_steps():
+    """The curve of the longer run is read, between its points, at the last step of the shorter one."""
+    mine, other = curve((0, 1.0), (100, 1.2)), curve((0, 1.0), (200, 1.8))
+    assert verdicts.gain(mine, other, "basic, equal steps") == pytest.approx(0.2)
+
+
+def test_one_contradiction_decides_a_claim(monkeypatch):
+    """Others that are open, or that were not measured, do not."""
+    monkeypatch.setattr(verdicts, "CLAIMS", "C.\n    a > b: last\n    x > b: last\n    c > b: last")
+    found = {"a": {0: curve((9, 3.0)), 1: curve((9, 3.1))}, "b": {0: curve((9, 2.0)), 1: curve((9, 2.0))}}
+    assert [j.verdict for j in verdicts.judge(found)] == ["contradicted"]
+
+
+def test_each_arm_is_scored_on_prompts_of_its_own_style():
+    low, high = {"subject": 0.1, "all": 1}, {"subject": 0.9, "all": 1}
+    a, b = {"scores": {"long": high, "short": low}}, {"scores": {"long": low, "short": low}}
+    assert verdicts.gain(a, b, "long against short") == pytest.approx(0.8)
+
+
+def test_an_arm_that_is_below_from_the_first_window_on_mixes_at_once():
+    losses = [(10 * i, 2.0 if i < 4 else 0.5) for i in range(10)]
+    mine = {"curve": [{"step": s, "loss": loss} for s, loss in losses]}
+    other = {"curve": [{"step": s, "loss": 1.5} for s, _ in losses]}
+    assert verdicts.steps_to_mix(mine, other, window=10) == 0
+
+
+def test_a_section_names_its_commit_and_whether_it_was_changed():
+    found = {"a": {0: {"revision": "0123456789abcdef+", "machine": "m"}}}
+    assert report.provenance(found) == "Measured at 0123456789+ on m."
+
+
+def test_a_table_of_benchmarks_has_a_column_for_each_arm():
+    def result(x):
+        return {0: {"scores": {"seen": {}, "several actors": {"relation": x}}}}
+
+    table = report.benchmark_table({"base": result(0.1), "insert": result(0.2)})
+    assert "| T2V-CompBench spatial relationships | 0.100 | 0.200 |" in table
+
+
 @pytest.fixture
 def growth_report(tmp_path):
     """The text of a report on made-up results of all parts on growth."""

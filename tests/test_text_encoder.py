@@ -124,6 +124,13 @@ def test_other_features_have_another_file(encoder_name, empty_cache, monkeypatch
     assert len(list(empty_cache.iterdir())) == 3
 
 
+def test_features_of_other_weights_have_another_file(tmp_path, empty_cache):
+    name = tiny_encoder(tmp_path / "encoder", "bert")
+    first = cached_features(TEXTS, name).flat
+    fix_weights(name, 0.4)
+    assert not torch.equal(cached_features(TEXTS, name).flat, first)
+
+
 def test_a_full_disk_leaves_no_features(encoder_name, empty_cache):
     texts = [f"cat {n}" for n in range(100)]
     with (
@@ -341,6 +348,16 @@ def test_every_channel_of_an_llm_is_standardized(llm_name):
     assert mean.abs().max() < 0.02 and (std - 1).abs().max() < 0.02
 
 
+def test_a_constant_channel_is_not_divided_by_zero():
+    mean, std = text_encoder.statistics(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    assert (mean == 1).all() and torch.allclose(std, torch.tensor(0.01))
+
+
+def test_statistics_are_those_of_rounded_features():
+    hidden = torch.tensor([[[1 + 2**-9], [1 + 2**-9]]])  # bfloat16: 1
+    assert text_encoder.statistics(hidden, torch.ones(1, 2, dtype=torch.bool))[0].item() == 1
+
+
 def test_unknown_llm_features(tmp_path):
     with pytest.raises(ValueError, match="no features 'first'"):
         LanguageModel(str(tmp_path), "first")
@@ -362,6 +379,18 @@ def test_llms_of_other_families(tmp_path, family):
         assert features.shape == (2, 4, 16) and mask.sum(1).tolist() == [4, 2]
         assert close(features[0].float() * llm.std + llm.mean, hidden_by_hand(llm, "a red cat", [-1]))
         assert recaption.recaption(llm, "a red cat", tries=2)[1].startswith("none of 2")
+
+
+def test_an_llm_that_pads_on_the_left(tmp_path):
+    """Features begin at the first token all the same."""
+    name = tiny_llm(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
+    llm = LanguageModel(name)
+    features, mask = llm(["a red cat", "surfing"])
+    alone, _ = llm(["surfing"])
+    assert mask[1].tolist() == [True, True, False, False]
+    assert torch.allclose(features[1, :2].float(), alone[0].float(), atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,15 @@ import pytest
 import torch
 
 import cost
+import data
 import machine
 import start
 import train
+import validate
 from conftest import (
     SMALL,
     brief,
+    checkpoint_of,
     numbers,
     random_inputs,
     random_model,
@@ -144,6 +147,23 @@ def test_a_step_in_parts(encoder_name, parts, again):
         assert relative_error(other, mine) < 1e-4
 
 
+def test_a_step_in_two_parts_calls_the_model_twice(encoder_name):
+    tr, calls = set_up_training(encoder_name, "--clips 16"), []
+    tr.model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    train.make_step(tr, 2)(train.random_batch(tr, 0, 0, 4))
+    assert len(calls) == 2
+
+
+def test_flops_of_a_step(encoder_name):
+    tr = set_up_training(encoder_name)
+    assert tr.flops == 4 * cost.count_flops(tr.model, tr.prompts.lengths)
+
+
+def test_every_line_of_the_log_has_its_flops(tmp_path, encoder_name):
+    run = run_training(tmp_path / "run", encoder_name, "--steps 10")
+    assert len({(line["step"], line["flops"]) for line in numbers(run)}) == 2
+
+
 def test_half_precision_on_the_cpu(encoder_name):
     """The scaled loss of float16 trains: the loss on one batch falls, and the scale survives."""
     tr = set_up_training(encoder_name, "--clips 16 --precision fp16")
@@ -153,6 +173,17 @@ def test_half_precision_on_the_cpu(encoder_name):
     losses = [training_step(tr, batch).item() for _ in range(6)]
     assert all(map(math.isfinite, losses)) and losses[-1] < 0.9 * losses[0]
     assert tr.scaler.get_scale() > 1
+
+
+def test_gradients_are_clipped_after_their_scale_is_taken_out(encoder_name):
+    half, full = (set_up_training(encoder_name, f"--clips 16 --precision {p}") for p in ("fp16", "fp32"))
+    batch = train.random_batch(full, 0, 0, 4)
+    train.training_step(full, batch)
+    for _ in range(20):  # steps that overflow are skipped
+        if not half.optimizer.state:
+            train.training_step(half, batch)
+    for a, b in zip(half.model.parameters(), full.model.parameters(), strict=True):
+        assert relative_error(half.optimizer.state[a]["exp_avg"], full.optimizer.state[b]["exp_avg"]) < 0.2
 
 
 def test_a_resumed_run_in_half_precision_keeps_its_scale(tmp_path, encoder_name):
@@ -174,6 +205,12 @@ def test_ema_of_the_first_steps_and_of_later_ones():
         train.update_ema(ema, model, step, decay=0.9)
         for p, q, old in zip(ema.parameters(), model.parameters(), before.parameters(), strict=True):
             assert torch.allclose(p, decay * old + (1 - decay) * q, atol=1e-6), step
+
+
+def test_an_ema_without_decay_is_the_weights(tmp_path, encoder_name):
+    tensors = weights_of(run_training(tmp_path / "run", encoder_name, "--ema 0 --steps 2"))
+    for name in [n for n in tensors if n.startswith("ema.")]:
+        assert torch.equal(tensors[name], tensors["weights" + name[3:]])
 
 
 def test_learning_rate():
@@ -214,6 +251,16 @@ def test_a_batch_is_a_function_of_seed_and_step():
             assert not torch.equal(mine, other)
 
 
+def test_the_seed_of_a_run_is_that_of_its_batches(tmp_path, encoder_name, monkeypatch):
+    seeds = []
+    real = train.random_batch
+    monkeypatch.setattr(
+        train, "random_batch", lambda tr, seed, *rest: seeds.append(seed) or real(tr, seed, *rest)
+    )
+    run_training(tmp_path / "run", encoder_name, "--seed 7 --steps 1")
+    assert seeds == [7]
+
+
 def test_what_a_batch_holds():
     batch = random_batch(numbered_clips(), 0, 7, 4000)
     assert batch.x.unique().tolist() == list(range(50))
@@ -225,6 +272,15 @@ def test_what_a_batch_holds():
     assert torch.equal(batch.text_rows, batch.llm_rows)
     assert torch.equal(batch.text_rows[~null], 100 + batch.x.flatten()[~null])  # each clip has its caption
     assert null.float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_both_parts_have_captions_as_asked_for():
+    args = train.parse_arguments(
+        ["--data", "rich", "--clips", "16", "--captions", "both", "--words", "varied"]
+    )
+    found = start.open_data(args, replace(SMALL, frames=4, size=16), 8, [], torch.device("cpu"))
+    for dataset, seed in ((found.clips, 0), (found.held_out["val_loss"], 1)):
+        assert dataset.captions == data.captions_of(data.make_scenes("rich", 16, seed), "both", "varied", 0.1)
 
 
 def test_captions_are_dropped_for_both_encoders_or_for_the_small_one():
@@ -516,6 +572,24 @@ def test_a_run_without_a_training_state_is_not_resumed(tmp_path, encoder_name):
         resume_training(run, "--steps 4")
 
 
+def test_samples_are_drawn_by_the_ema(tmp_path, encoder_name, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Run, "plot", lambda *_: None)
+    monkeypatch.setattr(
+        validate, "draw_samples", lambda tr, model, path: drawn.append((model is tr.ema, path.name))
+    )
+    train.train(train.parse_arguments(brief(tmp_path / "run", encoder_name, "--steps 1")))
+    assert drawn == [(True, "step_000000.gif"), (True, "step_000001.gif")]
+
+
+def test_losses_are_plotted_over_rising_timesteps(tmp_path, encoder_name, monkeypatch):
+    times = []
+    monkeypatch.setattr(validate, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(Run, "plot", lambda run, t: times.append(t))
+    train.train(train.parse_arguments(brief(tmp_path / "run", encoder_name, "--steps 1")))
+    assert (times[-1].diff() > 0).all()
+
+
 def log_and_ask_at_15(run, *arguments, log=Run.log, **numbers):
     """`Run.log`, and a wish to stop after step 15."""
     log(run, *arguments, **numbers)
@@ -571,6 +645,18 @@ def test_defaults_are_filled_in():
     args = parse_arguments(["--quick", "--batch", "5"])
     assert (args.preset, args.batch, args.steps, args.clips, args.compile) == ("nano", 5, 20, 256, False)
     assert parse_arguments(["--quick", "--minutes", "1"]).steps is None
+
+
+def test_options_reach_the_model(encoder_name):
+    tr = set_up_training(encoder_name, "--attention eager --checkpoint-activations")
+    assert tr.model.checkpoint_activations and tr.model.blocks[0].attn.backend == "eager"
+
+
+def test_wide_models_learn_at_a_lower_rate(encoder_name, monkeypatch):
+    """The rate falls with the square root of the width, unless --lr says otherwise."""
+    monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], width=512))
+    assert set_up_training(encoder_name).peak == pytest.approx(start.BASE_LR / 2)
+    assert set_up_training(encoder_name, "--lr 1e-3").peak == pytest.approx(1e-3)
 
 
 def test_the_help_tells_the_defaults():
@@ -721,6 +807,14 @@ def test_growth_is_recorded_and_what_is_forgotten_is_watched(tmp_path, encoder_n
     assert first["old_val_loss"] == pytest.approx(numbers(base)[-1]["val_loss"], rel=1e-4)
     assert all("old_val_loss" not in line for line in numbers(base))
     assert numbers(run)[0]["loss_before_growth"] == pytest.approx(numbers(run)[0]["loss_after_growth"])
+
+
+def test_plain_copies_change_the_loss_before_the_first_step(tmp_path, encoder_name):
+    model = random_model(replace(SMALL, text_dim=16))
+    save_checkpoint(tmp_path / "base" / "checkpoint", checkpoint_of(model, text_encoder=encoder_name))
+    options = f"--from {tmp_path / 'base'} --grow depth --zero none --steps 1"
+    first = numbers(run_training(tmp_path / "run", encoder_name, options))[0]
+    assert first["loss_after_growth"] != pytest.approx(first["loss_before_growth"], rel=0.01)
 
 
 def load_captions():
