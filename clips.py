@@ -397,27 +397,32 @@ def read_entry(place: Path) -> dict | None:
         return None
 
 
-def decode_missing(root: Path, places: dict[str, Path], frames: int, size: int, fps: float) -> dict[str, str]:
-    """Decode those files of `places`, {file: its place in the cache}, that are not there yet -> {file: why it
-    could not be decoded}. Raises OSError, for example if the disk is full."""
-    missing = [name for name, place in places.items() if not read_entry(place)]
-    if not missing:
-        return {}
-    failed = {}
-    workers = min(torch.get_num_threads(), 8, len(missing))
+def decode_new(
+    root: Path, places: dict[str, Path], frames: int, size: int, fps: float
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Decode those files of `places`, {file: its place in the cache}, that are not there yet -> {file: what
+    the cache says about it}, and {file: why it could not be decoded}. Raises OSError, for example if the disk
+    is full."""
+    entries = {name: read_entry(place) for name, place in places.items()}
+    new, failed = [name for name, entry in entries.items() if not entry], {}
+    if not new:
+        return entries, failed
+    workers = min(torch.get_num_threads(), 8, len(new))
     step = max(1, min(GROUP, MAX_WAITING // (MAX_CLIPS * 3 * frames * size**2)))
-    bar = tqdm(total=len(missing), desc="decoding clips", unit="file")
+    bar = tqdm(total=len(new), desc="decoding clips", unit="file")
     with DecodingPool(workers, frames, size, fps) as pool, bar:
-        for start in range(0, len(missing), step):
-            names = missing[start : start + step]
+        for start in range(0, len(new), step):
+            names = new[start : start + step]
             results = pool.decode([root / name for name in names], bar.update)
             for name, (clips, about, fault) in zip(names, results, strict=True):
                 if fault:
                     failed[name] = fault
                     continue
-                about = json.dumps(about | {"clips": len(clips)})
-                write_cache(places[name], {"clips": torch.from_numpy(clips).contiguous()}, {"about": about})
-    return failed
+                about |= {"clips": len(clips)}
+                tensors = {"clips": torch.from_numpy(clips).contiguous()}
+                write_cache(places[name], tensors, {"about": json.dumps(about)})
+                entries[name] = about | {"place": places[name]}
+    return {name: entry for name, entry in entries.items() if entry}, failed
 
 
 class CachedClips:
@@ -442,7 +447,10 @@ class CachedClips:
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (B,) -> uint8 (B, 3, T, H, W)."""
-        return torch.stack([self.read(row) for row in rows.tolist()])
+        clips = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for clip, row in zip(clips, rows.tolist(), strict=True):
+            clip.copy_(self.read(row))  # which is mapped from its file: a process has only so many mappings
+        return clips
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -473,8 +481,7 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
     found, problems, passed_over = find_clips(root)
     captions, bad_captions, notes = read_captions(root, found)
     places = {name: cache_place(root / name, frames, size, fps) for name in found if name in captions}
-    failed = decode_missing(root, places, frames, size, fps)
-    entries = {name: read_entry(place) for name, place in places.items() if name not in failed}
+    entries, failed = decode_new(root, places, frames, size, fps)
     problems = [*problems, *bad_captions, *failed.items()]
     problems = [(printable(what), printable(why)) for what, why in problems]
     return Scan(root, entries, captions, problems, [*passed_over, *notes])

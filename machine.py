@@ -9,8 +9,9 @@ answers stand here once. Nothing in this file knows about models, videos or text
 without these instructions was 90 times slower in bfloat16, so it computes in float32. Older NVIDIA GPUs
 train in float16, whose range is small: there the loss is scaled (`torch.amp.GradScaler`, train.py).
 
-**Where data lies.** A data set is a large tensor of bytes. `RowStore` keeps it on the training device if it
-fits, and fetches rows ahead of their step if it does not, so that the device never waits for the CPU.
+**Where data lies.** A data set is a large tensor of bytes, in memory or in files. `RowStore` keeps it on the
+training device if it fits, and fetches rows ahead of their step if it does not, so that the device never
+waits for the CPU.
 
 **Launches.** A step of a small model is a thousand small kernels, and launching them takes longer than
 running them. `GraphedStep` records them once as a CUDA graph and launches that.
@@ -106,7 +107,7 @@ def fits(size: int, device: torch.device) -> bool:
 class RowStore:
     """Rows of a large tensor, on the training device.
 
-    tensor (N, ...), on any device, or what is indexed like one: `CachedClips` reads its rows from files.
+    tensor (N, ...), on any device, or what is indexed like one and reads its rows from files.
     """
 
     def __init__(self, tensor, device: torch.device):
@@ -117,7 +118,7 @@ class RowStore:
         if fits(tensor.nbytes, device):
             self.tensor = tensor[torch.arange(len(tensor))].to(device)
         else:
-            self.pool = ThreadPoolExecutor(1)  # one reader of a file is as fast as several
+            self.pool = ThreadPoolExecutor(1)
 
     def nbytes(self) -> int:
         """Bytes on the device."""
@@ -217,14 +218,17 @@ def read_cache(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None):
-    """Write a file of the cache, with `about` in its header. It is complete or absent. Raises OSError, for
-    example if the disk is full."""
+    """Write a file of the cache, with `about` in its header. It is complete or absent, even after a power
+    cut. Raises OSError, for example if the disk is full."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         new = Path(temporary, "new")
         try:
             save_file(tensors, new, about)
         except SafetensorError as error:
             raise OSError(f"cannot write into {path.parent}: {error}") from None
+        new.chmod(path.parent.stat().st_mode & 0o644)  # save_file lets its owner alone read it
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
         new.replace(path)
 
 

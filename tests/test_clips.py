@@ -34,6 +34,7 @@ from PIL import Image
 
 import clips
 import decode
+import machine
 from clips import FolderDataset, scan
 from machine import write_cache
 
@@ -790,9 +791,17 @@ def test_other_clips_of_a_file_have_another_place(tmp_path, monkeypatch):
     file.write_bytes(b"GIF")
     shapes = ((8, 32, 8), (8, 32, 16), (4, 32, 8), (8, 16, 8))
     places = {clips.cache_place(file, *shape) for shape in shapes}
+    longer, elsewhere = tmp_path / "b.gif", tmp_path / "folder" / "a.gif"
+    elsewhere.parent.mkdir()
+    longer.write_bytes(b"GIF8")
+    elsewhere.write_bytes(b"GIF")
+    for other in (longer, elsewhere):
+        os.utime(other, ns=(1, file.stat().st_mtime_ns))
+    longer.replace(file)
+    places |= {clips.cache_place(file, 8, 32, 8), clips.cache_place(elsewhere, 8, 32, 8)}
     monkeypatch.setattr(clips, "CLIPS_VERSION", 99)
     places.add(clips.cache_place(file, 8, 32, 8))
-    assert len(places) == 5
+    assert len(places) == 7
 
 
 def test_a_file_with_another_time_is_decoded_again(tmp_path, decoded, all_in_training):
@@ -815,6 +824,31 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, all_in_training):
         places["b.gif"].write_bytes(damaged)
         assert is_whole(root) and decoded == ["a.gif", "b.gif"]
         assert places["b.gif"].read_bytes() == content
+
+
+def test_who_may_read_the_cache_may_read_its_clips(tmp_path, decoded, all_in_training):
+    root = lay_out(tmp_path / "my", "a.gif")
+    for mode, expected in ((0o700, 0o600), (0o755, 0o644)):
+        clips.cache_dir().chmod(mode)
+        place = FolderDataset(scan(root)).videos.places[0][0]
+        assert place.stat().st_mode & 0o777 == expected
+        place.unlink()
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_clips_of_the_cache_for_another_device(tmp_path, decoded, all_in_training, monkeypatch, fit):
+    """Those that fit are moved there, one by one. Of others a batch is read."""
+    dataset = FolderDataset(scan(lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", seconds=2)))
+    monkeypatch.setattr(machine, "fits", lambda size, device: fit and size == 6 * 3 * 8 * 32**2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which needs a GPU
+    store = machine.RowStore(dataset.videos, torch.device("meta"))
+    rows = torch.tensor([4, 0])
+    assert store.take(rows, rows).shape == (2, 3, 8, 32, 32)
+    if fit:
+        assert store.tensor.device.type == "meta" and len(store.tensor) == 6
+    else:
+        assert torch.equal(store.pinned(rows).float() / 127.5 - 1, dataset.batch(rows))
+        store.pool.shutdown()
 
 
 def test_two_starts_at_once(tmp_path, decoded, all_in_training):
