@@ -92,7 +92,7 @@ def memory_needed(model: DiT, batch: int, lengths, precision, resident=0, shards
     held = held_bytes(model, batch, lengths, precision, recompute)
     if recompute:  # the inside of the block that is computed again
         held += (held_bytes(model, batch, lengths, precision, False) - held) // config.depth
-    # A recorded step keeps its memory, so validation needs more: x in float32 and, in 16 bits, its norm and
+    # A captured step keeps its memory, so validation needs more: x in float32 and, in 16 bits, its norm and
     # the hidden channels before and after the GELU.
     per_channel = 4 + 2 + 4 * config.mlp_ratio
     validation = VALIDATED * config.tokens() * config.width * per_channel

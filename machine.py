@@ -14,7 +14,7 @@ training device if it fits, and fetches rows ahead of their step if it does not,
 waits for the CPU.
 
 **Launches.** A step of a small model is a thousand small kernels, and launching them takes longer than
-running them. `GraphedStep` records them once as a CUDA graph and launches that.
+running them. `GraphedStep` captures them once as a CUDA graph and launches that.
 
 **Errors.** ValueError and OSError are errors of the user: a wrong option, a missing file. `run_command`
 prints them as one line and ends with status 2. So it does when memory runs out. Everything else is a bug and
@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.25  # of a GPU's memory that a data set may take; the model needs the rest
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
-WARMUP_CALLS = 3  # of a step before it is recorded: libraries allocate and tune at first calls
+WARMUP_CALLS = 3  # of a step before it is captured: libraries allocate and tune at first calls
 
 
 def pick_device(name: str) -> torch.device:
@@ -149,9 +149,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class GraphedStep:
     """A function of tensors that changes state in place (weights, optimizer), as one CUDA graph.
 
-    The first WARMUP_CALLS calls run it as it is. The next one records it: from then on every call copies its
-    inputs into the recorded ones and replays the kernels, which gives the same numbers with one launch.
-    Shapes must not change. Everything runs in a stream of its own, which recording demands.
+    The first WARMUP_CALLS calls run it as it is. The next one captures it: from then on every call copies its
+    inputs into the captured ones and replays the kernels, which gives the same numbers with one launch.
+    Shapes must not change. Everything runs in a stream of its own, which capturing demands.
     """
 
     def __init__(self, function):
@@ -178,8 +178,8 @@ class GraphedStep:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.output = self.function(*self.inputs)
-        for recorded, tensor in zip(self.inputs, inputs, strict=True):
-            recorded.copy_(tensor)
+        for captured, tensor in zip(self.inputs, inputs, strict=True):
+            captured.copy_(tensor)
         self.graph.replay()
         return self.output.clone()
 

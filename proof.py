@@ -1,6 +1,7 @@
 """The check of a growth: how large two models are, and how much their outputs differ.
 
-grow.py prints it before it writes a grown checkpoint. Random clips, timesteps and prompts are enough: a new
+grow.py computes it before it writes a grown checkpoint, and writes none if a growth that should be exact is
+not. Random clips, timesteps and prompts are enough: a new
 branch that is not zero changes every output. The models are those of the checkpoint, so the proof does not
 rest on tests with other weights.
 

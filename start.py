@@ -202,7 +202,7 @@ class Training:
     network: torch.nn.Module  # the model, or what several processes call in its place
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # does nothing but in float16
-    lr: torch.Tensor  # 0-dim, on the device, where a recorded step reads it
+    lr: torch.Tensor  # 0-dim, on the device, where a captured step reads it
     data: Data
     clips: RowStore  # the clips to train on, uint8 (N, 3, T, H, W)
     captions: torch.Tensor  # (N,) row number of each clip's caption in `prompts`
@@ -363,7 +363,7 @@ def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -
 def make_optimizer(model, optimizer_state: dict, lr: torch.Tensor) -> torch.optim.AdamW:
     """AdamW over the trained parameters, with the state that they had; new ones begin at step 0."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    on_gpu = lr.is_cuda  # there its step can be recorded
+    on_gpu = lr.is_cuda  # there its step can be captured
     optimizer = torch.optim.AdamW(
         trained.values(), lr, betas=BETAS, weight_decay=0.0, fused=True, capturable=on_gpu
     )

@@ -13,7 +13,7 @@ step) and the type of the device. Rows are drawn on the CPU, all else on the tra
 draws what it would have drawn.
 
 **Nothing waits for the CPU.** Clips (bytes) and caption features lie on the training device if they fit. The
-loop looks at a loss every tenth step only. On a GPU the step is recorded as a CUDA graph (machine.py).
+loop looks at a loss every tenth step only. On a GPU the step is captured as a CUDA graph (machine.py).
 
 **Continuing from a run** (`--from`, and `--grow` first, see grow.py) takes weights, EMA and optimizer state
 along and counts its steps (start.py). The learning rate starts where that run ended: one that had decayed is
@@ -304,13 +304,13 @@ def training_step(tr: Training, batch: Batch, accumulate: int = 1) -> torch.Tens
 
 
 def make_step(tr: Training, accumulate: int):
-    """`training_step` as a function of a batch. On one GPU its kernels are recorded as a CUDA graph, but not
+    """`training_step` as a function of a batch. On one GPU its kernels are captured as a CUDA graph, but not
     with --accumulate, with --checkpoint-activations, with features that stay on the CPU, or in float16, whose
     scaler looks at the gradient."""
     plain = accumulate == 1 and not tr.model.checkpoint_activations and not tr.scaler.is_enabled()
     if tr.device.type == "cuda" and plain and tr.prompts.resident and parallel.WORLD == 1:
-        recorded = GraphedStep(lambda *tensors: training_step(tr, Batch(*tensors)))
-        return lambda batch: recorded(*batch)
+        captured = GraphedStep(lambda *tensors: training_step(tr, Batch(*tensors)))
+        return lambda batch: captured(*batch)
     return lambda batch: training_step(tr, batch, accumulate)
 
 

@@ -1,9 +1,9 @@
 """Clips as files that people can watch: MP4, GIF, and a labelled grid of many clips.
 
 A model's clip is a tensor (3, T, H, W) in [-1, 1]; image libraries want bytes (T, H, W, 3). Small clips are
-enlarged by a whole factor, so that pixels stay pixels. Every file is written under another name and then
-renamed, so that it is whole or absent. It has MARK in a comment, by which clips.py knows it: a model must not
-learn from its own samples by accident.
+enlarged by a whole factor, so that pixels stay pixels. MP4 and GIF files are written under another name and
+then renamed, so that they are whole or absent. Every file has MARK in a comment, by which clips.py knows it:
+a model must not learn from its own samples by accident.
 
 The files that training reads are the business of clips.py. Left out: sound, captions inside the video.
 """
