@@ -124,7 +124,7 @@ def check_line(base: Path, grown: Path) -> str:
         difference, largest = largest_difference(base, grown)
     if difference != 0:
         raise ValueError(f"{grown} computes something else: it differs by {difference:.2g} of {largest:.2g}")
-    line = f"largest difference on random inputs: 0 of {largest:.2g}, the same bits"
+    line = f"largest difference on random inputs: 0 (largest output {largest:.2g}): the same bits"
     return f"{line}, peak memory {peak_memory()}"
 
 

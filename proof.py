@@ -62,5 +62,5 @@ def report(base: DiT, grown: DiT, new: list[str], exact: bool) -> list[str]:
         verdict = "the same bits"
     elif difference < 1e-4 * largest:
         verdict = "the same up to rounding"
-    lines.append(f"largest difference in float32: {difference:.2g} of {largest:.2g}, {verdict}")
+    lines.append(f"largest difference in float32: {difference:.2g} (largest output {largest:.2g}): {verdict}")
     return lines

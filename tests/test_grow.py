@@ -436,7 +436,8 @@ def test_the_command_grows_a_run_with_its_proof(trained, tmp_path, capsys):
         rf"grown +9 blocks of width 24 +{number} M parameters +{number} GFLOPs forward", grown
     )
     assert new == "new blocks: 1 2 4 5 7 8"
-    assert re.fullmatch(r"largest difference in float32: 0 of \d\.\d+, the same bits", difference)
+    expected = r"largest difference in float32: 0 \(largest output \d\.\d+\): the same bits"
+    assert re.fullmatch(expected, difference)
     assert rest == [
         f"written to {out}",
         "trained 40 steps on basic, short captions, tuning all, seed 0",
@@ -465,7 +466,7 @@ def test_the_command_grows_a_run_with_its_proof(trained, tmp_path, capsys):
 def test_the_command_proves_every_growth(trained, tmp_path, capsys, options, exact):
     grow.main([str(trained), *options.split()])
     printed = capsys.readouterr().out
-    found, largest, verdict = re.search(r"float32: (\S+) of (\S+), (.*)\n", printed).groups()
+    found, largest, verdict = re.search(r"float32: (\S+) \(largest output (\S+)\): (.*)\n", printed).groups()
     assert float(largest) > 0.5
     if exact:
         assert (float(found), verdict) == (0, "the same bits")
