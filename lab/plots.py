@@ -159,8 +159,8 @@ def plot_blocks(found, path: Path):
 
 def plot_actors(result, path: Path):
     """Accuracy over training FLOPs: each attribute of prompts of several actors, and everything at once by
-    number of actors. A dotted line stands where one run ends and the next one, of the grown model, begins."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    number of actors. A dotted line stands where one run ends and the next one begins."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     points = result["points"]
     flops = [point["flops"] for point in points]
@@ -178,5 +178,5 @@ def plot_actors(result, path: Path):
         for before, after in itertools.pairwise(points):
             if Path(after["checkpoint"]).parent != Path(before["checkpoint"]).parent:
                 axes.axvline(before["flops"], color="grey", linestyle=":")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     save_plot(figure, path)
