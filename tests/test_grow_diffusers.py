@@ -1103,7 +1103,7 @@ def test_a_check_of_two_models_that_are_there(folders, tmp_path, capsys):
         words = [str(folders("wan")), "--check", "--out", str(out)]
         if out == tmp_path / "out":
             grow_module.main(words)
-            assert "0 of " in capsys.readouterr().out
+            assert " 0 (largest output " in capsys.readouterr().out
         else:
             with pytest.raises(ValueError, match=r"^the check failed: [^\n]*$"):
                 grow_module.main(words)

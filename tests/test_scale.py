@@ -206,8 +206,9 @@ WORLD = SimpleNamespace(
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_every_depth_trains_at_its_own_rate(name):
+def test_every_depth_trains_at_its_own_rate(name, monkeypatch):
     """Before its growth an arm takes the rate of the small model."""
+    monkeypatch.setattr(scale, "ARMS", ARMS)
     job, arm = scale.arm_job(WORLD, name, 4, 0), ARMS[name]
     assert float(job.arguments[job.arguments.index("--lr") + 1]) == WORLD.rates[arm.depth]
     if job.base:
