@@ -1,9 +1,8 @@
 """The check of a growth: how large two models are, and how much their outputs differ.
 
 grow.py computes it before it writes a grown checkpoint, and writes none if a growth that should be exact is
-not. Random clips, timesteps and prompts are enough: a new
-branch that is not zero changes every output. The models are those of the checkpoint, so the proof does not
-rest on tests with other weights.
+not. Random clips, timesteps and prompts are enough: a new branch that is not zero changes every output. The
+models are those of the checkpoint, so the proof does not rest on tests with other weights.
 
 Left out: float64, and a table of all operators. tests/test_grow.py checks each of them in both precisions, on
 random models without a zero weight.

@@ -11,9 +11,8 @@ instruction, in our words, and three examples. Its reply has to begin with the p
 
 A model of 135 M parameters is fluent but not faithful. So three rules keep it to the prompt. Words that
 contradict the prompt are never sampled (`contradictions`): opposite directions, and other colors or numbers
-if the prompt names one.
-Several replies are sampled, and each is checked (`find_fault`). If none passes, the prompt is used unchanged.
-No model is ever trained on a reply.
+if the prompt names one. Several replies are sampled, and each is checked (`find_fault`). If none passes, the
+prompt is used unchanged. No model is ever trained on a reply.
 
 Left out: larger LLMs behind an interface of their own, beam search, a learned judge of faithfulness.
 """
