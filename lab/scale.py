@@ -489,10 +489,10 @@ def write_result(scale: Scale, stretch: Stretch):
     print(f"{job.title}: {stretch.step} steps, loss {stretch.curve[-1]['val_loss']:.4f}", flush=True)
 
 
-def run_budgets(scale: Scale, budgets, seeds, deadline=math.inf):
-    """Train what is not there yet: for each budget the plateaus as far as it needs them, then its arms."""
+def run_budgets(scale: Scale, budgets, arms, seeds, deadline=math.inf):
+    """Train what is not there yet: for each budget the plateaus as far as `arms` need them, then `arms`."""
     for budget in sorted(budgets):
-        jobs = [arm_job(scale, name, budget, seed) for name in ARMS for seed in seeds]
+        jobs = [arm_job(scale, name, budget, seed) for name in arms for seed in seeds]
         jobs = [job for job in jobs if not is_done(scale, job)]
         for stretch in run_jobs(scale, plateau_jobs(scale, jobs, budgets), deadline):
             print(f"{stretch.job.title}: {stretch.step} steps", flush=True)
@@ -530,6 +530,8 @@ def make_parser():
     add = parser.add_argument
     budgets = f"times {BUDGET:g} FLOPs (1 4 16 64)"
     add("--budgets", nargs="+", type=float, default=[1, 4, 16, 64], help=budgets)
+    names = "; ".join(ARMS).replace("%", "%%")
+    add("--arms", nargs="+", metavar="ARM", choices=ARMS, default=list(ARMS), help=f"of: {names} (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--out", help="folder for the JSON files (results/scale, or runs/scale-quick)")
     add("--runs", help="folder for checkpoints of the plateaus (runs/scale, or runs/scale-quick)")
@@ -558,7 +560,7 @@ def main(argv=None):
     if args.tune:
         tune(scale, min(args.budgets), args.seeds[0], deadline)
     else:
-        run_budgets(scale, args.budgets, args.seeds, deadline)
+        run_budgets(scale, args.budgets, args.arms, args.seeds, deadline)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,6 @@ FEW = (
 )  # fmt: skip
 
 
-ARMS = dict(scale.ARMS)
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory, encoder_name):
     """The command with few arms of few steps -> a function (name of a folder, options) that runs it and
@@ -30,12 +27,12 @@ def quick(tmp_path_factory, encoder_name):
 
     def run(name, options):
         folder = root / name
-        scale.main(f"--quick --device cpu --out {folder}/out --runs {folder}/runs {options}".split())
+        options = f"--quick --device cpu --out {folder}/out --runs {folder}/runs {options}"
+        scale.main([*options.split(), "--arms", *FEW])
         return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*"))}
 
     root = tmp_path_factory.mktemp("scale")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scale, "ARMS", {name: scale.ARMS[name] for name in FEW})
         patch.setattr(scale, "QUICK_NEW", f"{scale.QUICK_NEW} --text {encoder_name}")
         patch.setattr(scale, "QUICK_CLIPS", 16)
         patch.setitem(scale.PRESETS, "nano", replace(scale.PRESETS["nano"], width=32))
@@ -148,12 +145,12 @@ def test_features_in_memory_are_those_of_the_cache(encoder_name):
 # Budgets
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", scale.ARMS)
 def test_budgets_add_up(name):
     """What is spent is the budget, to half a step; a fifth of it is spent in the decay."""
     costs = {4: 3.1, 6: 4.7, 8: 5.9}
     world = SimpleNamespace(unit=1000.0, step_flops=costs)
-    arm = ARMS[name]
+    arm = scale.ARMS[name]
     for budget in (1, 4.5, 64):
         plateau, mark, steps, decay = scale.schedule(world, arm, budget)
         wanted = 1000 * budget * (0.5 if "additional" in name else 1)
@@ -205,11 +202,10 @@ WORLD = SimpleNamespace(
 )
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_every_depth_trains_at_its_own_rate(name, monkeypatch):
+@pytest.mark.parametrize("name", scale.ARMS)
+def test_every_depth_trains_at_its_own_rate(name):
     """Before its growth an arm takes the rate of the small model."""
-    monkeypatch.setattr(scale, "ARMS", ARMS)
-    job, arm = scale.arm_job(WORLD, name, 4, 0), ARMS[name]
+    job, arm = scale.arm_job(WORLD, name, 4, 0), scale.ARMS[name]
     assert float(job.arguments[job.arguments.index("--lr") + 1]) == WORLD.rates[arm.depth]
     if job.base:
         assert float(job.base[job.base.index("--lr") + 1]) == WORLD.rates[4]
@@ -228,7 +224,8 @@ def test_tuning_takes_the_smallest_budget_and_the_first_seed(monkeypatch):
 
 
 def test_a_report_of_what_is_there(whole, quick, tmp_path):
-    """Results of the command itself, of few budgets and one seed, or without *never grown*."""
+    """Results of the command itself, of few budgets, arms and one seed, or without *never grown*."""
+    assert len(whole) == 2 * len(FEW)
     (tmp_path / "scale").mkdir()
     for name, content in whole.items():
         (tmp_path / "scale" / name).write_bytes(content)
