@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-QUICK = {"preset": "nano", "batch": 8, "every": 10, "steps": 20, "compile": False}
+QUICK = {"preset": "nano", "batch": 8, "every": 10, "compile": False}  # other defaults
 RESUMABLE = (  # what may change when a run is resumed
     "steps", "minutes", "every", "keep", "max_bad", "device", "precision", "attention", "compile",
     "accumulate", "checkpoint_activations", "shard", "resume", "out",
@@ -127,6 +127,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     parser.error = fail  # argparse would print the usage, and end the process
     given = parser.parse_args(argv)
+    if given.quick:
+        parser.set_defaults(**QUICK)
+        given = parser.parse_args(argv)
     defaults = parser.parse_args([])
     if given.grow and not given.base:
         given.base = default_base()
@@ -209,14 +212,10 @@ def fill_defaults(args, defaults):
     toy = args.data in SETS
     check_data_options(args, defaults)
     args.captions = args.captions or {"basic": "short", "both": "both"}.get(args.data, "detailed")
-    if args.quick:
-        for name, value in QUICK.items():
-            if getattr(args, name) == getattr(defaults, name) and not (name == "steps" and args.minutes):
-                setattr(args, name, value)
     if args.clips is None and toy:
         args.clips = 256 if args.quick else {"basic": 16384}.get(args.data, 4096)
     if args.steps is None and args.minutes is None:
-        args.steps = 1200 if args.base else 6000
+        args.steps = 20 if args.quick else 1200 if args.base else 6000
     if args.compile is None:
         args.compile = bool(shutil.which("g++") or shutil.which("clang++"))
 

@@ -645,6 +645,8 @@ def test_defaults_are_filled_in():
     args = parse_arguments(["--quick", "--batch", "5"])
     assert (args.preset, args.batch, args.steps, args.clips, args.compile) == ("nano", 5, 20, 256, False)
     assert parse_arguments(["--quick", "--minutes", "1"]).steps is None
+    args = parse_arguments(["--quick", "--preset", "tiny", "--every", "1500"])  # as without --quick
+    assert (args.preset, args.every) == ("tiny", 1500)
 
 
 def test_options_reach_the_model(encoder_name):
