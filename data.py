@@ -350,11 +350,11 @@ def captions_of(scenes, style="short", vocabulary="train", drop_attribute: float
 
 
 @functools.lru_cache(maxsize=6)
-def rendered(which, count, seed, pairs, frames, size, device):
-    """The scenes of `make_scenes(which, count, seed, pairs)`, and their clips as uint8 (count, 3, T, H, W) on
+def rendered(which, count, seed, frames, size, device):
+    """The scenes of `make_scenes(which, count, seed)`, and their clips as uint8 (count, 3, T, H, W) on
     `device`, a name. The runs of a study are in one process and use the same ones, so the last few sets are
     kept. They are shared, so they must not be changed."""
-    scenes = make_scenes(which, count, seed, pairs)
+    scenes = make_scenes(which, count, seed)
     # 128 clips of 8 frames of 32x32 at once fit a CPU's caches. A GPU takes more, since it has large kernels.
     pixels = 2**20 if device == "cpu" else 2**24
     step = max(1, pixels // (frames * size * size))
@@ -371,7 +371,7 @@ class ToyDataset:
     """`count` clips of set `which` with captions, the same for the same seed. Seed 0 is for training, seed 1
     for validation.
 
-    caption_style, vocabulary, drop_attribute: as for `captions_of`.  pairs: as for `make_scene`.
+    caption_style, vocabulary, drop_attribute: as for `captions_of`.
 
     scenes    list of N scenes
     videos    uint8 (N, 3, T, H, W) on `device`, 25 kB a clip of 8 frames of 32x32
@@ -383,10 +383,10 @@ class ToyDataset:
 
     def __init__(
         self, which="basic", count=16384, seed=0, frames=8, size=32, caption_style="short",
-        vocabulary="train", drop_attribute=0.1, pairs="train", device="cpu",
+        vocabulary="train", drop_attribute=0.1, device="cpu",
     ):  # fmt: skip
         device = str(torch.device(device))
-        self.scenes, self.videos = rendered(which, count, seed, pairs, frames, size, device)
+        self.scenes, self.videos = rendered(which, count, seed, frames, size, device)
         self.captions = captions_of(self.scenes, caption_style, vocabulary, drop_attribute)
         self.names = [f"{which} {scene.seed}" for scene in self.scenes]
         self.problems, self.notes = [], []

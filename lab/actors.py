@@ -7,32 +7,26 @@ and for prompts of one, two and three actors. Several runs make one curve if eac
     python train.py --data both --keep
     python -m lab.actors runs/base
 
-The scores are those of lab/evaluate.py. The reader sees clips of 8 frames of 32x32, so clips of another size
-are resampled, which costs it some certainty. What it reads of *true* clips of the model's own size is written
-beside the scores, as the ceiling.
+The scores are those of lab/evaluate.py. Its ceiling, what the reader reads of *true* clips of the size of the
+last point, is written beside them.
 
 What is kept: results/actors/NAME.json, named after the last run. Points that are in it are not scored again.
 `python -m lab.study --report` draws it. Left out: a spread over noise; the points of a curve share theirs.
 """
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
-import torch
-
-from dit import DiTConfig
-from draw import render
-from lab.evaluate import evaluate, prompt_sets, score_set
+from lab.evaluate import ceiling, evaluate
 from lab.reader import Reader, get_reader
 from lab.report import actors_table
 from lab.study import find_revision, machine_name
 from machine import pick_device, run_command
 from run import load_model, write_atomically
+from train import RESUMABLE
 
 ACTOR_SETS = ("seen", "several actors", "long")  # prompts of one actor, and of two or three in two styles
-RENDERED_AT_ONCE = 32  # true clips of 16 frames of 64x64 take a few hundred MB
 
 
 def kept_weights(run: Path) -> list[Path]:
@@ -44,37 +38,36 @@ def kept_weights(run: Path) -> list[Path]:
     return [file.parent for file in found]
 
 
-@functools.cache
-def ceiling(reader: Reader, config: DiTConfig, count: int) -> dict[str, dict[str, float]]:
-    """The scores of true clips of a model's size, by prompt set: no model can expect more."""
-    device = next(reader.parameters()).device
-    scores = {}
-    for name in ("seen", "several actors"):
-        scenes = prompt_sets(count)[name][0]
-        parts = [scenes[i : i + RENDERED_AT_ONCE] for i in range(0, len(scenes), RENDERED_AT_ONCE)]
-        videos = torch.cat([render(part, config.frames, config.size, device) for part in parts]) / 127.5 - 1
-        scores |= score_set(reader, name, videos, scenes)
-    return scores
+def check_trainings(file: Path, before: list[dict], now: list[dict]):
+    """Raise ValueError if a run was trained anew, with other options, since `file` was written."""
+    old = {Path(options["out"]).name: options for options in before}
+    for options in now:
+        name = Path(options["out"]).name
+        for option, value in options.items() if name in old else ():
+            if old[name].get(option) != value and option not in RESUMABLE:
+                raise ValueError(f"{file} is about another training called {name}: delete it")
 
 
 def score_runs(runs: list[Path], file: Path, reader: Reader, count: int, device: str) -> dict:
-    """Score what is not scored yet -> what `file` holds. Raises ValueError if it is about other prompts."""
+    """Score what is not scored yet -> what `file` holds. Raises ValueError if it is about other prompts or
+    other trainings."""
     result = json.loads(file.read_text()) if file.is_file() else {"count": count, "points": []}
     if result["count"] != count:
         raise ValueError(f"{file} has {result['count']} prompts per set: delete it, or give --count of that")
+    arguments = [json.loads((run / "args.json").read_text()) for run in runs]
+    check_trainings(file, result.get("arguments", []), arguments)
+    last, _ = load_model(kept_weights(runs[-1])[-1])
+    result |= {"arguments": arguments, "ceiling": ceiling(reader, last.config, count)}
     done = {point["checkpoint"] for point in result["points"]}
     for weights in (directory for run in runs for directory in kept_weights(run)):
         name = f"{weights.parent.name}/{weights.name}"
         if name in done:
             continue
-        model, metadata = load_model(weights)
+        _, metadata = load_model(weights)
         scores = evaluate(weights, reader, count, device=device, only=ACTOR_SETS)
-        point = {"checkpoint": name, "flops": metadata["flops"]}
-        result["points"].append(point | {"scores": scores})
+        result["points"].append({"checkpoint": name, "flops": metadata["flops"], "scores": scores})
         result["points"].sort(key=lambda point: point["flops"])
         result |= {"revision": find_revision(), "machine": machine_name()}
-        result["arguments"] = [json.loads((run / "args.json").read_text()) for run in runs]
-        result["ceiling"] = ceiling(reader, model.config, count)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(result))
     return result

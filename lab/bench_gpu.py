@@ -5,7 +5,7 @@ the time is over is skipped.
 
     attention        the kernel against sdpa and each of its backends
     steps            a training step of every preset, eager and compiled, beside the peers
-    train.py         its own clips/s against the bare step, and the seconds to its first step
+    train.py         its own clips/s against the bare step, and the seconds to its first step, after imports
     whole run        `python train.py` with its defaults, from an empty cache to the end
 
 With --quick the same runs with tiny sizes, also on a CPU. Left out: values of the attention kernel, which
@@ -56,7 +56,7 @@ def run_train(bench, options: str) -> dict:
         "command": f"python train.py {options}",
         "seconds": seconds,
         "steps": last["step"],
-        "seconds to the first step": first["seconds"] - first["step"] * batch / speed,
+        "seconds to the first step, after imports": first["seconds"] - first["step"] * batch / speed,
         "clips/s": speed,
         "validation loss": next(entry["val_loss"] for entry in reversed(metrics) if "val_loss" in entry),
     }

@@ -21,9 +21,10 @@ are then grown to the size of *large from scratch*. How soon do they reach its f
 **longer** - with four times that budget, nearer to the limit of the small model, is it better to grow it than
 to continue?
 
-**rates, table** - the paper's table, for a GPU: the base of `python train.py` is trained further on `rich`,
-with short and detailed captions, by dense continuation, LoRA and expansion, with and without an LLM, all with
-the same FLOPs and a decay at the end. Part rates finds the learning rate of each kind first, on one seed.
+**rates, table** - the paper's table, for a GPU. The base has the preset, data and FLOPs of `python train.py`,
+with batches of 64 and no decay. It is trained further on `rich`, with short and detailed captions, by dense
+continuation, LoRA and expansion, with and without an LLM, all with the same FLOPs and a decay at the end.
+Part rates finds the learning rate of each kind first, on one seed.
 
 **FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
 encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
@@ -139,7 +140,7 @@ LONGER = {
     "never grown": Arm("_small 50 %", PLATEAU + FAR),
 }
 
-# For a GPU. The base is that of `python train.py`; all arms spend four times its FLOPs more.
+# For a GPU. All arms spend four times the FLOPs of the base more.
 PRESET = "--batch 64 --every 100000 --preset tiny --data basic --decay 0 --flops 1.7e14"
 FURTHER = "--batch 64 --every 100000 --data rich --captions both --clips 32768 --flops "
 KINDS = {  # of further training: options

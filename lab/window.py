@@ -42,6 +42,10 @@ SCALE = (
     " steps behind the weights: it softens the spike of plain copies. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
+RATES = (
+    "Models from scratch with other learning rates, one seed. The arms have one rate for all sizes, which"
+    " need not be the best for each:"
+)
 
 
 def read_scale(folder: Path) -> dict:
@@ -251,7 +255,7 @@ def scale_section(folder: Path) -> list[str]:
         text += budget_lines(found, budget)
     rates = rates_table(folder / "rates")
     if rates:
-        text += ["The learning rates were chosen by the final losses of models from scratch:", rates]
+        text += [RATES, rates]
     return text
 
 

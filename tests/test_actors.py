@@ -1,17 +1,17 @@
 """lab/actors.py: curves of accuracy over FLOPs, from the weights that --keep leaves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import run_training
-from dit import DiTConfig
+from conftest import SMALL, random_model, run_training
 from lab import actors
 from lab.evaluate import prompt_sets, score_set
-from lab.reader import Reader, get_reader, render_clips
+from lab.reader import Reader, render_clips
 from lab.report import actors_section, actors_table
-from run import load_model
+from run import Checkpoint, load_model, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,24 @@ def test_scores_by_number_of_actors():
         assert mean / 24 == pytest.approx(scores["several"][name])
 
 
-def test_true_clips_are_the_ceiling():
-    """At the size of the reader it is what the reader proves; at twice the size little is lost."""
-    reader = get_reader()
-    for frames, size, least in ((8, 32, 0.98), (16, 64, 0.9)):
-        scores = actors.ceiling(reader, DiTConfig(frames=frames, size=size), 30)
-        assert scores["seen"]["subject"] >= least and scores["several actors"]["subject"] >= least
+def test_the_ceiling_is_that_of_the_last_run(tmp_path, monkeypatch):
+    """Also if points of an earlier run with other clips are scored later."""
+    monkeypatch.setattr(actors, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(actors, "ceiling", lambda reader, config, count: config.frames)
+    for name, frames in (("small", 4), ("large", 8)):
+        model = random_model(replace(SMALL, frames=frames))
+        weights = Checkpoint(model, model, {}, {"flops": frames}, {})
+        save_checkpoint(tmp_path / name / "step_000001", weights)
+        (tmp_path / name / "args.json").write_text(json.dumps({"out": name}))
+    small, large, file = tmp_path / "small", tmp_path / "large", tmp_path / "large.json"
+    for runs in ([large], [small, large]):
+        result = actors.score_runs(runs, file, Reader(), 3, "cpu")
+        assert len(result["points"]) == len(runs) and result["ceiling"] == 8
 
 
 def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
-    """Points that are scored already are not scored again; the report is the same each time."""
+    """Points that are scored already are not scored again. A run that was trained anew with other options is
+    refused. The report is the same each time."""
     reader, file = Reader().eval(), tmp_path / "actors" / "run.json"
     result = actors.score_runs([kept_run], file, reader, 3, "cpu")
     assert [point["checkpoint"] for point in result["points"]] == [f"run/step_00000{i}" for i in (0, 2, 4)]
@@ -73,6 +81,10 @@ def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
     assert actors.score_runs([kept_run], file, reader, 3, "cpu") == json.loads(file.read_text())
     with pytest.raises(ValueError, match="3 prompts per set"):
         actors.score_runs([kept_run], file, reader, 4, "cpu")
+    options = json.loads((kept_run / "args.json").read_text())
+    actors.check_trainings(file, result["arguments"], [{**options, "steps": 8}])
+    with pytest.raises(ValueError, match="another training called run: delete it"):
+        actors.check_trainings(file, result["arguments"], [{**options, "seed": 1}])
     texts, pictures = [], []
     for grown in ("run", "run", "run-depth"):  # the last one has a dotted line where the next run begins
         result["points"][2]["checkpoint"] = f"{grown}/step_000004"

@@ -37,6 +37,12 @@ def test_ratios_are_of_neighbours():
     assert bench.ratio({"a": [1, 2, 9], "b": [1, 1, 3]}, "a", "b") == "2.00 (1.50 to 2.50)"
 
 
+@pytest.mark.parametrize("option", ["--repeats", "--count"])
+def test_nothing_to_measure_is_refused(option):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        bench.main(["data", option, "0", "--out", "nowhere/numbers.json"])
+
+
 def test_rows_become_a_table():
     rows = [{"model": "a", "ms": 1234.5678}, {"model": "b", "GiB": 2}]
     assert bench.table(rows).splitlines()[2:] == ["| a | 1235 |  |", "| b |  | 2 |"]
@@ -141,6 +147,6 @@ def test_part_gpu(tmp_path):
     assert list(sections) == list(bench_gpu.SECTIONS)
     assert not any("failed" in row for rows in sections.values() for row in rows), sections
     (train,), (whole,) = sections["train.py"], sections["whole run"]
-    assert train["steps"] == 10 and 0 < train["seconds to the first step"] < train["seconds"]
+    assert train["steps"] == 10 and 0 < train["seconds to the first step, after imports"] < train["seconds"]
     assert train["share of it"] == pytest.approx(train["clips/s"] / train["clips/s of the bare step"])
     assert 0 < whole["validation loss"] < 2

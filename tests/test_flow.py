@@ -53,7 +53,7 @@ def test_the_shift_is_that_of_stable_diffusion_3():
     for t, unshifted in zip(times, reference, strict=True):
         noise = 1 - unshifted
         assert 1 - t == pytest.approx(math.sqrt(8) * noise / (1 + (math.sqrt(8) - 1) * noise))
-    assert reference == [0.75 * i / 9 for i in range(10)] + [1.0]  # to the bit: as the study was sampled
+    assert reference == [0.75 * i / 9 for i in range(10)] + [1.0]  # to the bit
 
 
 def test_guidance_and_steps_are_shifted_alike():
