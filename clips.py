@@ -53,7 +53,7 @@ from video import FPS, is_marked, save_grid
 METADATA = ("metadata.jsonl", "metadata.csv")
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".srt", ".vtt")  # what may be meant as captions
 RUN_FILES = ("metrics.jsonl", "checkpoint/model.safetensors", "model.safetensors")  # one of them makes a run
-CLIPS_VERSION = 2  # of decoded pixels: add one when decode.py makes other pixels of the same file
+CLIPS_VERSION = 3  # of decoded pixels: add one when decode.py makes other pixels of the same file
 VALIDATION = 0.1  # share of the files that is held out
 FEW = 10  # held-out files are named if they are not more
 NAMED = 5  # files that a note names
@@ -239,12 +239,14 @@ def read_csv(path: Path, problems: list, names: set[str]):
             start += 1
             continue
         start += rows.line_num
+        if not values:
+            continue
         if columns is None:
             columns = values
             if len(values) == 1 and (";" in values[0] or "\t" in values[0]):
                 problems.append((f"{path.name}, line {number}", "its columns must be separated by commas"))
                 return
-        elif values:
+        else:
             yield number, dict(zip(columns, values, strict=False))
 
 
@@ -317,13 +319,16 @@ def text_beside(clip: Path) -> Path:
 
 
 def read_text_beside(clip: Path) -> str:
-    """The text beside a clip; "" if there is no file. Raises ValueError for one that is empty or not text."""
+    """The text beside a clip; "" if there is no file. Raises ValueError for one that is a link, empty or not
+    text."""
     beside = text_beside(clip)
-    if not beside.is_file() or beside.is_symlink():
+    if not beside.is_file() and not beside.is_symlink():
         return ""
-    with beside.open("rb") as file:
-        content = file.read(MAX_LINE + 1)
     try:
+        if beside.is_symlink():
+            raise ValueError("it is a link")
+        with beside.open("rb") as file:
+            content = file.read(MAX_LINE + 1)
         if len(content) > MAX_LINE:
             raise ValueError(f"it is longer than {MAX_LINE} bytes")
         if text := clean(decode_text(content)):

@@ -32,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from video import is_marked
+
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 OTHER_VIDEOS = (  # not read; clips.py says so
     ".ts", ".m2ts", ".mts", ".wmv", ".asf", ".mpg", ".mpeg", ".vob", ".flv", ".f4v", ".3gp", ".ogv", ".ogg",
@@ -99,15 +101,18 @@ def decode_frames(container, stream):
 
 def read_pictures(path: Path, fps: float):
     """A folder of pictures, in the order of the numbers in their names -> like `read_video`, with 1 / fps
-    seconds for each. Raises ValueError for a link that leads out of the folder."""
+    seconds for each. Hidden files and pictures that this project has made are left out. Raises ValueError for
+    a link that leads out of the folder."""
     files = []
     for file in path.iterdir():
-        if file.suffix.lower() in PICTURES:
+        if file.suffix.lower() not in PICTURES or file.name.startswith("."):
+            continue
+        if not file.is_file() or file.resolve().parent != path.resolve():
+            raise ValueError(f"{file.name} is no file of this folder")
+        if not is_marked(file):
             numbers = [int(digits) for digits in re.findall(r"\d{1,18}", file.stem)]
             files.append((numbers, file.name, file))
-    for i, (_, name, file) in enumerate(sorted(files)):
-        if not file.is_file() or file.resolve().parent != path.resolve():
-            raise ValueError(f"{name} is no file of this folder")
+    for i, (_, _, file) in enumerate(sorted(files)):
         with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP")) as picture:
             check_side(*picture.size)
             yield i / fps, (i + 1) / fps, ImageOps.exif_transpose(picture)
@@ -131,6 +136,8 @@ def shrink(frame, size: int) -> tuple[np.ndarray, bool]:
     """A frame of FFmpeg, or a picture -> uint8 (size, size, 3), and whether a part of it was transparent."""
     turn = 0
     if isinstance(frame, Image.Image):
+        if frame.mode.startswith("I"):  # 16 bits of grey, of which `convert` would make white
+            frame = Image.fromarray((np.asarray(frame) >> 8).astype(np.uint8))
         picture = frame.convert("RGBA" if frame.has_transparency_data else "RGB")
     else:
         check_side(frame.width, frame.height)

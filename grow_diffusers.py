@@ -50,7 +50,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from run import PICKLES, fsync, history_tree
+from machine import fsync
+from run import PICKLES, history_tree
 from stacking import WHERE, stacking_plan
 
 STEM = "diffusion_pytorch_model"  # of the names of files that from_pretrained looks for

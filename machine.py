@@ -217,6 +217,15 @@ def read_cache(path: Path) -> dict[str, torch.Tensor]:
         return {}
 
 
+def fsync(path: Path):
+    """Wait until a file or directory is on the disk: a power cut may come."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None):
     """Write a file of the cache, with `about` in its header. It is complete or absent, even after a power
     cut. Raises OSError, for example if the disk is full."""
@@ -227,8 +236,7 @@ def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, s
         except SafetensorError as error:
             raise OSError(f"cannot write into {path.parent}: {error}") from None
         new.chmod(path.parent.stat().st_mode & 0o644)  # save_file lets its owner alone read it
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(new)
         new.replace(path)
 
 

@@ -23,7 +23,6 @@ Left out: training states of earlier steps, uploads, loggers other than a file o
 import copy
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -39,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from dit import DiT, DiTConfig
+from machine import fsync
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the included model
 PAGE = "docs/real_models.md says which grow and how to train"
@@ -62,15 +62,6 @@ METADATA = ("config", *DEFAULTS, "llm", "llm_features")  # entries of a header; 
 
 # --------------------------------------------------------------------------------------------------------
 # Files
-
-
-def fsync(path: Path):
-    """Wait until a file or directory is on the disk: a power cut may come."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def write_atomically(path: Path, text: str):

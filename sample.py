@@ -29,7 +29,7 @@ from flow import GUIDANCE, GUIDANCE_INTERVAL, STEPS, solve
 from machine import autocast, decode_text, pick_device, pick_precision, run_command
 from recaption import recaption
 from run import load_model, newest_checkpoint
-from text_encoder import NULL_PROMPT, LanguageModel, Prompts
+from text_encoder import NULL_PROMPT, LanguageModel, Prompts, encoders_of
 from video import to_uint8, write_video
 
 BATCH = 16  # clips that are drawn at the same time
@@ -94,9 +94,10 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
-def recaptioned(prompts: list[str], metadata, device) -> list[str]:
+def recaptioned(prompts: list[str], model, metadata, device) -> list[str]:
     """Each prompt with a re-caption by the model's LLM after it, or if none is faithful, the prompt alone."""
-    llm = LanguageModel(metadata["llm"], metadata["llm_features"], device)
+    _, (name, layers) = encoders_of(metadata, model.config.llm_dim)
+    llm = LanguageModel(name, layers, device)
     texts = []
     for prompt in tqdm(prompts, "re-captioning"):
         reply, reason = recaption(llm, prompt)
@@ -173,7 +174,7 @@ def main(argv=None):
     set_attention(model.to(device), args.attention)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    texts = recaptioned(prompts, metadata, device) if args.recaption else prompts  # what the LLM reads
+    texts = recaptioned(prompts, model, metadata, device) if args.recaption else prompts  # what the LLM reads
     reader = Prompts([*prompts, *texts], metadata, model.config.llm_dim, device)
     prompt, null = reader.gather(reader.rows(prompts), reader.rows(texts)), reader.batch([NULL_PROMPT])
     read = time.perf_counter() - START

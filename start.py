@@ -39,6 +39,7 @@ from text_encoder import Prompts, cached_features, located
 
 BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
 BETAS = (0.9, 0.95)  # of AdamW, whose weight decay is zero: it is Adam
+LORA_RANK = 8
 TEXT_DROPOUT = 0.5  # share of captions that only an LLM reads, if there is one
 VALIDATION_CLIPS = 256
 BATCH = 32  # clips of a step
@@ -68,7 +69,9 @@ def starting_point(args) -> Checkpoint | None:
     if (frames, size) != (config.frames, config.size):
         start = grow_state(start, "resolution", frames=frames, size=size)
     if args.tune == "lora" and not config.lora_rank:
-        start = grow_state(start, "lora", rank=args.rank)
+        start = grow_state(start, "lora", rank=args.rank or LORA_RANK)
+    elif args.rank and args.rank != config.lora_rank:
+        raise ValueError(f"{args.base} has adapters of rank {config.lora_rank}: leave out --rank")
     return start
 
 

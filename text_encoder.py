@@ -374,7 +374,7 @@ def encoders_of(metadata: dict, llm_dim: int) -> list[tuple[str, str | None]]:
     ValueError for a model with an LLM branch whose metadata name no LLM."""
     encoders = [(metadata["text_encoder"], None)]
     if llm_dim:
-        if "llm" not in metadata:
+        if not {"llm", "llm_features"} <= metadata.keys():
             raise ValueError(
                 "this model has an LLM branch but names no LLM: make it with train.py --grow llm"
             )

@@ -38,7 +38,7 @@ from dit import PRESETS
 from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, is_quick, read_options
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, say_what_to_expect, validate_and_save
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--llm-features", default="last", choices=LLM_LAYERS, help="with --grow llm: which layers (last)")
     add("--drop-text", type=float, default=TEXT_DROPOUT, help="share of captions only an LLM reads (0.5)")
     add("--tune", choices=("all", "new", "lora"), help="all, what is new, or adapters (all, or lora)")
-    add("--rank", type=int, default=8, help="of the adapters of --tune lora (8)")
+    add("--rank", type=int, help="of the adapters of --tune lora (8, or as the base)")
     add = parser.add_argument_group("how long and how").add_argument
     add("--steps", type=int, help="optimizer steps (6000; 1200 with --from)")
     add("--minutes", type=float, help="as many steps as fit, judged by the speed of the first ones (off)")
@@ -132,7 +132,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         given = parser.parse_args(argv)
     defaults = parser.parse_args([])
     if given.grow and not given.base:
-        given.base = default_base()
+        given.base = default_base(given.quick)
     given.out = given.out or default_folder(given)
     if given.resume:
         return resumed_arguments(parser, argv, given.out)
@@ -142,13 +142,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return given
 
 
-def default_base() -> str:
-    """What --grow grows if no base is named: runs/base, else the included model."""
+def default_base(quick: bool) -> str:
+    """What --grow grows if no base is named: runs/base, unless it has learned nothing; else the included
+    model."""
     try:
         find_checkpoint("runs/base")
-        return "runs/base"
     except FileNotFoundError:
         return str(PRETRAINED)
+    return "runs/base" if quick or not is_quick(Path("runs/base")) else str(PRETRAINED)
 
 
 def default_folder(args) -> str:
@@ -199,7 +200,7 @@ def check_growth(args, defaults):
         raise ValueError("--preset is for a new model; one that continues has the size of its base")
     if args.tune == "lora" and not args.base:
         raise ValueError("--tune lora needs a base: give --from RUN")
-    if args.rank != defaults.rank and args.tune != "lora":
+    if args.rank and args.tune != "lora":
         raise ValueError("--rank is for --tune lora, which is not given")
     if args.steps and args.minutes:
         raise ValueError("--steps and --minutes both say how long to train: leave out one")

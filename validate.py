@@ -18,7 +18,7 @@ import parallel
 from dit import DiT
 from flow import STEPS, T_BINS, logit_normal, shift_of, solve, validation_loss
 from machine import autocast
-from run import Checkpoint, Diverged, Run, history_tree, load_model
+from run import Checkpoint, Run, history_tree, load_model
 from start import Training
 from text_encoder import NULL_PROMPT, Prompts
 from video import save_grid, to_uint8
@@ -26,12 +26,12 @@ from video import save_grid, to_uint8
 REFERENCE = {  # options of `python train.py` that its losses depend on
     "preset": "tiny", "data": "basic", "captions": "short", "words": "train", "clips": 16384, "text": None,
     "base": None, "frames": None, "size": None, "depth": None, "batch": 32, "steps": 6000, "lr": None,
-    "decay": 0.3,
+    "warmup": 100, "decay": 0.3, "ema": 0.998,
 }  # fmt: skip
 
 
 def whole_model(model: DiT, device) -> DiT:
-    """The model itself, or all of it put together in process 0 if it is sharded. All processes must ask."""
+    """The model itself, or if it is sharded a complete one in every process. All processes must ask."""
     weights = {name: parallel.whole(p) for name, p in model.named_parameters()}
     if all(weights[name] is p for name, p in model.named_parameters()):
         return model
@@ -54,7 +54,8 @@ def draw_samples(tr: Training, ema: DiT, path: Path):
 
 
 def validate(tr: Training, run: Run):
-    """The loss of the EMA on clips that are not trained on, and samples. Raises Diverged."""
+    """The loss of the EMA on clips that are not trained on, and samples. Raises Diverged for a loss of
+    training that is not finite, ValueError for one of validation."""
     run.check_losses()
     ema = whole_model(tr.ema, tr.device)
     if not run.writer:
@@ -64,13 +65,15 @@ def validate(tr: Training, run: Run):
         by_t = validation_loss(ema, dataset, tr.prompts, tr.precision).tolist()
         numbers |= {name: sum(by_t) / T_BINS, f"{name}_by_t": by_t}
     if not math.isfinite(numbers["val_loss"]):
-        raise Diverged(run.step, numbers["val_loss"])
+        loss = numbers["val_loss"]
+        raise ValueError(f"the validation loss is {loss} after {run.step} steps: the last checkpoint is kept")
     run.record(**numbers)
     draw_samples(tr, ema, run.folder / "samples" / f"step_{run.step:06d}.gif")
 
 
 def snapshot(args, tr: Training, step: int, **numbers) -> Checkpoint:
-    """The training after `step` steps, on the CPU; `numbers` are added to the trainer state."""
+    """The training after `step` steps, its optimizer state on the CPU; `numbers` are added to the trainer
+    state."""
     event = {"train": args.data, "steps": step, "captions": args.captions, "tune": tr.tune, "seed": args.seed}
     history = [*tr.metadata["history"], event]
     metadata = {**tr.metadata, "flops": tr.flops_at(step), "history": history}

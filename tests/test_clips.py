@@ -37,6 +37,7 @@ import decode
 import machine
 from clips import FolderDataset, scan
 from machine import write_cache
+from video import save_grid
 
 HERE = Path(__file__).parent.parent
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9", ".avi": "ffv1"}
@@ -117,6 +118,25 @@ def test_every_format_is_read(tmp_path, ending):
     assert errors[0] < errors[1] < errors[2]
 
 
+def test_pictures_of_16_bits_keep_their_greys(tmp_path):
+    """Each 16-bit value becomes its upper 8 bits; Pillow alone would make all above 255 white."""
+    greys = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    (tmp_path / "walk").mkdir()
+    Image.fromarray(greys).save(tmp_path / "walk" / "0.png")
+    found, about = decode.decode(tmp_path / "walk", 1, 32, 8)
+    assert (found[0, :, 0] == greys >> 8).all() and about["notes"] == []
+
+
+def test_files_that_are_no_frames_are_left_out(tmp_path):
+    """Of a folder of pictures: hidden files, such as those of macOS, and what this project has made."""
+    walk = lay_out(tmp_path, "walk") / "walk"
+    whole, _ = decode.decode(walk, 8, 32, 8)
+    (walk / "._0.png").write_bytes(b"no picture")
+    save_grid(walk / "cover.png", moving_square()[None], ["a preview"])
+    assert scan(tmp_path).problems == []
+    assert np.array_equal(decode.decode(walk, 8, 32, 8)[0], whole)
+
+
 def test_the_version_names_the_pixels(tmp_path):
     """Other pixels of the same files need another CLIPS_VERSION, or old caches are taken for new ones."""
     frames = moving_square(3, 20, 48)
@@ -137,7 +157,7 @@ def test_the_version_names_the_pixels(tmp_path):
         ("clip.gif", 20, 30),
     ):
         digest.update(decode.decode(tmp_path / name, 8, size, fps)[0].tobytes())
-    assert (clips.CLIPS_VERSION, digest.hexdigest()[:16]) == (2, "d4ea9b9b464d290b")
+    assert (clips.CLIPS_VERSION, digest.hexdigest()[:16]) == (3, "d4ea9b9b464d290b")
 
 
 @given(
@@ -565,7 +585,7 @@ ROWS = [
 def test_metadata_is_read_row_by_row(tmp_path):
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row, _ in ROWS]
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    rows = ["file_name,text", "a.gif,twice", 'f.gif,"two\nlines"', "h.gif," + "x" * 200_000, "h.gif,last"]
+    rows = ["", "file_name,text", "a.gif,twice", 'f.gif,"two\nlines"', "h.gif," + "x" * 200_000, "h.gif,last"]
     (tmp_path / "metadata.csv").write_text("\n".join(rows))
     captions, problems = clips.read_metadata(tmp_path, ["a.gif", "d", "e.gif", "f.gif", "g.gif", "h.gif"])
     assert captions == {
@@ -577,8 +597,8 @@ def test_metadata_is_read_row_by_row(tmp_path):
         "g.gif": ("half a ? character", "half a ? character"),
     }
     reasons = dict(problems)
-    assert "has a caption already" in reasons.pop("metadata.csv, line 2")
-    assert "field larger than field limit" in reasons.pop("metadata.csv, line 5")
+    assert "has a caption already" in reasons.pop("metadata.csv, line 3")
+    assert "field larger than field limit" in reasons.pop("metadata.csv, line 6")
     for number, (_, reason) in enumerate(ROWS, 1):
         if reason:
             assert reason in reasons.pop(f"metadata.jsonl, line {number}"), number
@@ -598,9 +618,16 @@ def test_no_metadata_can_do_harm(tmp_path, content, name):
 
 def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     root = lay_out(
-        tmp_path / "my", "a.gif", "dogs-run/b.gif", "dogs-run/c.gif", "d", "walk.1", "f/below/g.gif"
+        tmp_path / "my",
+        "a.gif",
+        "dogs-run/b.gif",
+        "dogs-run/c.gif",
+        "dogs-run/e.gif",
+        "d",
+        "walk.1",
+        "f/below/g.gif",
     )
-    for name in ("a", "d", "dogs-run/b", "f/below/g"):
+    for name in ("a", "d", "dogs-run/b", "dogs-run/e", "f/below/g"):
         (root / f"{name}.txt").unlink()
     lay_out(root / ".hidden", "h.gif")
     lay_out(tmp_path, "outside.gif")
@@ -610,16 +637,18 @@ def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
     (root / "dogs-run" / "c.txt").write_text("  a dog\nruns ")
     (root / "walk.1.txt").write_text("the first walk")
     (tmp_path / "secret.txt").write_text("secret")
-    (root / "a.txt").symlink_to(tmp_path / "secret.txt")  # not what a link out of the folder says
+    for name in ("a", "dogs-run/e"):  # their captions are not what a link out of the folder says
+        (root / f"{name}.txt").symlink_to(tmp_path / "secret.txt")
     scanned = scan(root)
     assert dict(scanned.problems) == {
         "link.gif": "it is a link out of the folder",
         "gone.gif": "it is not a file",
-        "a.gif": "it has no caption: write one into a.txt or metadata.jsonl",
+        "a.gif": "its caption, a.txt: it is a link",
+        "dogs-run/e.gif": "its caption, e.txt: it is a link",
         "d": "it has no caption: write one into d.txt or metadata.jsonl",
     }
     assert "2 files have the name of their folder as caption: dogs-run/b.gif, f/below/g.gif" in scanned.notes
-    dataset = FolderDataset(scanned, max_bad=0.5)
+    dataset = FolderDataset(scanned, max_bad=0.6)
     captions = dict(zip(dataset.names, dataset.captions, strict=True))
     assert captions == {
         "walk.1, clip 1": "the first walk",

@@ -350,6 +350,9 @@ def folder(tmp_path_factory):
     for name, told in {"good": config, "bad": replace(config, width=48)}.items():
         (folder / name).mkdir()
         save_model(folder / name, weights, told, text_encoder=encoder)
+    branched = replace(config, llm_dim=16)
+    (folder / "nameless").mkdir()
+    save_model(folder / "nameless", random_model(branched).state_dict(), branched, text_encoder=encoder)
     tiny_llm(folder / "llm")
     (folder / "blank.txt").write_text("\n \n")
     (folder / "taken").write_text("")
@@ -367,6 +370,7 @@ USER_ERRORS = [
     ('sample.py "a cat" --from good --steps 0', "--steps is 0"),
     ('sample.py "a cat" --from good --out taken', "taken"),
     ('sample.py "a cat" --from good --recaption', "needs a model that reads with an LLM"),
+    ('sample.py "a cat" --from nameless --recaption', "names no LLM"),
     ('sample.py "a cat" --from good --device tpu', "there is no device 'tpu' here"),
     ("sample.py --from good --prompts blank.txt", "blank.txt has no prompt"),
     ("train.py --preset huge", "invalid choice"),

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import flow
 import run as run_module
 import train
+import validate
 from conftest import (
     SMALL,
     brief,
@@ -634,6 +635,16 @@ def can_be_resumed(run):
         with pytest.raises(FileNotFoundError):
             resume_training(run)
     return False
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, encoder_name, monkeypatch):
+    """It names no clips, as that of a training step does: no single step is at fault."""
+    losses = iter((0.5, math.nan))
+    monkeypatch.setattr(validate, "validation_loss", lambda *_: torch.full((flow.T_BINS,), next(losses)))
+    message = "the validation loss is nan after 2 steps: the last checkpoint is kept"
+    with pytest.raises(ValueError, match=f"{message}$"):
+        run_training(tmp_path / "run", encoder_name, "--steps 4 --every 2")
+    assert load_model(tmp_path / "run")[1]["flops"] == 0
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -310,8 +310,9 @@ def test_prompts_move_to_a_device(prompts):
 def test_a_model_without_a_branch_has_one_encoder(encoder_name):
     metadata = {"text_encoder": encoder_name}
     assert len(Prompts(["cat"], metadata, 0).batch(["cat"])) == 2
-    with pytest.raises(ValueError, match="names no LLM"):
-        Prompts(["cat"], metadata, 16)
+    for half in ({}, {"llm": "smollm2"}, {"llm_features": "last"}):
+        with pytest.raises(ValueError, match="names no LLM"):
+            Prompts(["cat"], {**metadata, **half}, 16)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -685,14 +685,17 @@ def test_a_run_is_named_after_its_base(tmp_path, monkeypatch, line, out):
 
 
 def test_growth_needs_no_run(tmp_path, monkeypatch):
-    """Without runs/base the included model is grown."""
+    """Without runs/base, or if it is of a --quick run, the included model is grown."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)  # of a run that was killed at once
     args = parse_arguments(["--grow", "depth"])
     assert find_checkpoint(args.base) == PRETRAINED and args.out == "runs/pretrained-depth"
     save_checkpoint(tmp_path / "runs" / "base" / "checkpoint.old", load_checkpoint(PRETRAINED))
-    args = parse_arguments(["--grow", "depth"])
-    assert (args.base, args.out) == ("runs/base", "runs/base-depth")
+    for quick in (False, True):
+        (tmp_path / "runs" / "base" / "args.json").write_text(json.dumps({"quick": quick}))
+        args = parse_arguments(["--grow", "depth", *["--quick"] * quick])
+        assert (args.base, args.out) == ("runs/base", "runs/base-depth")
+    assert find_checkpoint(parse_arguments(["--grow", "depth"]).base) == PRETRAINED
 
 
 @pytest.fixture
@@ -781,6 +784,9 @@ def test_what_is_tuned(tmp_path, encoder_name, base, tune, options, operator, ho
 
 def test_adapters_are_merged_after_training(tmp_path, encoder_name, base):
     run = run_training(tmp_path / "run", encoder_name, f"--from {base} --tune lora --rank 2 --steps 5")
+    run_training(tmp_path / "more", encoder_name, f"--from {run} --tune lora --rank 2 --steps 1")
+    with pytest.raises(ValueError, match="has adapters of rank 2: leave out --rank"):
+        run_training(tmp_path / "other", encoder_name, f"--from {run} --tune lora --rank 8")
     adapted, inputs = load_model(run)[0], None
     merged = merge_lora(adapted)
     inputs = random_inputs(merged.config)
@@ -896,7 +902,7 @@ def test_a_branch_without_an_llm_is_refused(tmp_path, encoder_name):
         run_training(tmp_path / "more", encoder_name, f"--from {tmp_path}")
 
 
-@pytest.mark.parametrize("options", ["", "--seed 3 --keep", "--steps 100", "--words varied"])
+@pytest.mark.parametrize("options", ["", "--seed 3 --keep", "--steps 100", "--words varied", "--ema 0.9"])
 def test_what_to_expect_is_said_of_the_reference_alone(options, capsys):
     args = train.parse_arguments(options.split())
     args.batch = 32  # as `pick_batch` says
