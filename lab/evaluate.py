@@ -37,6 +37,7 @@ from lab.tables import BENCHMARK_NAMES, score_table
 from machine import autocast, pick_device, pick_precision, run_command
 from run import find_checkpoint, load_model, newest_checkpoint
 from text_encoder import NULL_PROMPT, Prompts
+from video import save_grid, to_uint8
 
 ATTRIBUTES = ("subject", "colour", "motion", "background")  # of a scene of one actor
 CHANCE = {
@@ -49,6 +50,7 @@ TRUSTED = 0.98  # share of true clips that the reader must read right
 PLACE_TOLERANCE = 0.2  # a place counts as right within this distance; the picture is 2 wide and high
 HELD_OUT_CLIPS = {"val_loss": ("basic", "short"), "rich_loss": ("rich", "detailed")}  # loss: (set, captions)
 CHUNK = 128  # clips that the reader sees at once
+SHOWN = 8  # clips of a picture
 RENDERED_AT_ONCE = 32  # true clips of 16 frames of 64x64 take a few hundred MB
 
 
@@ -383,6 +385,16 @@ def print_scores(scores, true):
             print(f"{benchmark:45} {scores[name][column]:.3f} ({true[name][column]:.3f})")
 
 
+def write_picture(path: Path, model, metadata, args):
+    """A GIF for people: the clips of the first prompts of several actors."""
+    captions = prompt_sets(SHOWN)["several actors"][1]
+    device = pick_device(args.device)
+    precision = pick_precision("auto", device)
+    prompts = Prompts(captions, metadata, model.config.llm_dim, device)
+    clips = sample_clips(model.to(device), prompts, captions, args.steps, args.guidance, args.seed, precision)
+    save_grid(path, to_uint8(clips), captions, columns=4, fps=metadata["fps"])
+
+
 def say_what_the_judge_knows(checkpoint: Path, metadata):
     """Print a note about a model that was trained on a folder of clips."""
     trainings = [event["train"] for event in metadata["history"] if "train" in event]
@@ -402,7 +414,9 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     parser.add_argument(
-        "--out", help="JSON file for the scores (evaluation.json in the run; else runs/evaluation-NAME.json)"
+        "--out",
+        help="JSON file for the scores, with a GIF beside it (evaluation.json in the run; else"
+        " runs/evaluation-NAME.json)",
     )
     args = parser.parse_args(argv)
     if args.count < 1 or args.steps < 1:
@@ -425,7 +439,9 @@ def main(argv=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {"arguments": vars(args), "reader": proof, "ceiling": true, "scores": scores}
     out.write_text(json.dumps(result, indent=1))
-    print(f"written to {out}")
+    picture = out.with_suffix(".gif")
+    write_picture(picture, model, metadata, args)
+    print(f"written to {out} and {picture}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from conftest import SMALL, random_model
 from data import (
@@ -281,7 +282,10 @@ def test_an_evaluation_says_which_checkpoint_and_writes_beside_runs_only(
     printed = capsys.readouterr().out
     note = "note: weights was trained on /my clips, and the judge knows only the toy world\n"
     assert printed.startswith(f"{note}the judge is tested on true clips")
-    assert "weights (4 prompts per set" in printed and "written to runs/evaluation-weights.json" in printed
+    assert "weights (4 prompts per set" in printed
+    assert "written to runs/evaluation-weights.json and runs/evaluation-weights.gif\n" in printed
+    with Image.open("runs/evaluation-weights.gif") as picture:
+        assert picture.n_frames == config.frames
     rows = [*evaluate.prompt_sets(4), "true clips: seen", "true clips: several actors"]
     assert all(f"\n| {name} |" in printed for name in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "weights"]
