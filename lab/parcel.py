@@ -3,7 +3,8 @@
 lab/on_gpu.sh trains and scores on a machine that keeps nothing. `python -m lab.parcel OUT RUN ...` leaves
 there what is worth keeping, and `python -m lab.study --take OUT` puts it into the repository at home:
 
-    results.tar.gz       the JSON files of results/, and what the runs wrote down about themselves
+    results.tar.gz       the JSON files of results/, the picture of an evaluation, and what the runs wrote
+                         down about themselves
     model.safetensors    the last run's EMA weights in bfloat16 -> pretrained/
     samples.gif          its last samples -> assets/
 
@@ -29,7 +30,7 @@ def pack(out: Path, results: Path, runs: list[Path]):
     """Write the parcel of `results` and of runs, of which the last is the model to keep."""
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / "results.tar.gz", "w:gz") as tar:
-        for file in sorted(results.rglob("*.json")):
+        for file in sorted([*results.rglob("*.json"), *results.rglob("evaluation.gif")]):
             tar.add(file, file.relative_to(results))
         for run in runs:
             for name in KEPT:

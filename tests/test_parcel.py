@@ -29,6 +29,9 @@ def parcelled(tmp_path_factory, encoder_name):
     result = folder / "results" / "scale" / "arm-0.json"
     result.parent.mkdir(parents=True)
     result.write_text('{"seed": 0}')
+    picture = folder / "results" / "pretrained" / "evaluation.gif"
+    picture.parent.mkdir()
+    picture.write_text("eight clips")
     parcel.pack(folder / "out", folder / "results", [run])
     return run, folder / "out"
 
@@ -47,6 +50,7 @@ def test_a_parcel_is_put_into_its_places(parcelled, tmp_path):
     assert (tmp_path / "results" / "reader.json").read_text() == "stays"
     assert not (tmp_path / "results" / "pretrained" / "evaluation.json").exists()
     assert (tmp_path / "assets" / "samples.gif").read_text() == "step 2"
+    assert (tmp_path / "results" / "pretrained" / "evaluation.gif").read_text() == "eight clips"
     (model, metadata), (home, metadata_home) = load_model(run), load_model(tmp_path / "pretrained")
     assert metadata == metadata_home and model.config == home.config
     for name, weight in model.state_dict().items():
