@@ -71,7 +71,7 @@ if [[ ! -f $results/actors/pretrained.json ]]; then
         fi
     fi
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
-    rm -f $results/pretrained/evaluation.json # of the model before
+    rm -f $results/pretrained/evaluation.{json,gif} # of the model before
     run pretrained "$grown $long --from $runs/larger"
     pack
     mkdir -p $results/pretrained $results/actors

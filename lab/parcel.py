@@ -50,7 +50,8 @@ def take(out: Path, home: Path = HOME) -> list[Path]:
     with tarfile.open(out / "results.tar.gz") as tar:
         written = [home / "results" / name for name in tar.getnames()]  # a damaged parcel ends here
         if (out / "model.safetensors").is_file():  # the scores are those of the model before
-            (home / "results" / "pretrained" / "evaluation.json").unlink(missing_ok=True)
+            for name in ("evaluation.json", "evaluation.gif"):
+                (home / "results" / "pretrained" / name).unlink(missing_ok=True)
         tar.extractall(home / "results", filter="data")  # nothing outside of the folder, no links, no devices
     for name, folder in (("model.safetensors", "pretrained"), ("samples.gif", "assets")):
         if (out / name).is_file():

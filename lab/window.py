@@ -42,10 +42,7 @@ SCALE = (
     " steps behind the weights: it softens the spike of plain copies. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
-RATES = (
-    "Models from scratch with other learning rates, one seed. The arms have one rate for all sizes, which"
-    " need not be the best for each:"
-)
+RATES = "Learning rates, compared by the final losses of models from scratch with one seed:"
 
 
 def read_scale(folder: Path) -> dict:

@@ -617,16 +617,8 @@ def test_no_metadata_can_do_harm(tmp_path, content, name):
 
 
 def test_what_is_a_clip_and_how_it_is_called(tmp_path, all_in_training, direct):
-    root = lay_out(
-        tmp_path / "my",
-        "a.gif",
-        "dogs-run/b.gif",
-        "dogs-run/c.gif",
-        "dogs-run/e.gif",
-        "d",
-        "walk.1",
-        "f/below/g.gif",
-    )
+    names = "a.gif dogs-run/b.gif dogs-run/c.gif dogs-run/e.gif d walk.1 f/below/g.gif"
+    root = lay_out(tmp_path / "my", *names.split())
     for name in ("a", "d", "dogs-run/b", "dogs-run/e", "f/below/g"):
         (root / f"{name}.txt").unlink()
     lay_out(root / ".hidden", "h.gif")

@@ -29,9 +29,7 @@ def parcelled(tmp_path_factory, encoder_name):
     result = folder / "results" / "scale" / "arm-0.json"
     result.parent.mkdir(parents=True)
     result.write_text('{"seed": 0}')
-    picture = folder / "results" / "pretrained" / "evaluation.gif"
-    picture.parent.mkdir()
-    picture.write_text("eight clips")
+    (folder / "results" / "scale" / "evaluation.gif").write_text("eight clips")
     parcel.pack(folder / "out", folder / "results", [run])
     return run, folder / "out"
 
@@ -42,15 +40,16 @@ def test_a_parcel_is_put_into_its_places(parcelled, tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "results" / "reader.json").write_text("stays")
     (tmp_path / "results" / "pretrained").mkdir()
-    (tmp_path / "results" / "pretrained" / "evaluation.json").write_text("of the model before")
+    for name in ("evaluation.json", "evaluation.gif"):
+        (tmp_path / "results" / "pretrained" / name).write_text("of the model before")
     written = parcel.take(out, tmp_path)
     assert all(file.is_file() for file in written)
     assert json.loads((tmp_path / "results" / "scale" / "arm-0.json").read_text()) == {"seed": 0}
     assert (tmp_path / "results" / "pretrained" / "grown-metrics.jsonl").is_file()
     assert (tmp_path / "results" / "reader.json").read_text() == "stays"
-    assert not (tmp_path / "results" / "pretrained" / "evaluation.json").exists()
+    assert not list((tmp_path / "results" / "pretrained").glob("evaluation.*"))
     assert (tmp_path / "assets" / "samples.gif").read_text() == "step 2"
-    assert (tmp_path / "results" / "pretrained" / "evaluation.gif").read_text() == "eight clips"
+    assert (tmp_path / "results" / "scale" / "evaluation.gif").read_text() == "eight clips"
     (model, metadata), (home, metadata_home) = load_model(run), load_model(tmp_path / "pretrained")
     assert metadata == metadata_home and model.config == home.config
     for name, weight in model.state_dict().items():
