@@ -27,7 +27,9 @@ import codecs
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +80,14 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, precision: torch.dtype | None):
     """The context in which a model runs: matrix products in `precision`; None: everything in float32."""
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what it needs, a C++ compiler and the headers of Python (on Debian g++ and
+    python3-dev). Elsewhere than on Linux it was not tried."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return sys.platform == "linux" and headers.is_file() and compiler is not None
 
 
 def keep_freed_memory():

@@ -42,7 +42,7 @@ SCALE = (
     " steps behind the weights: it softens the spike of plain copies. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
-RATES = "Learning rates, compared by the final losses of models from scratch with one seed:"
+RATES = "Final losses with other learning rates, of models from scratch (one seed) and of a grown one:"
 
 
 def read_scale(folder: Path) -> dict:
@@ -212,7 +212,7 @@ def rates_table(folder: Path) -> str:
         result = json.loads(file.read_text())
         by_arm.setdefault((result["budget"], result["arm"]), []).append(measure(result, "last"))
     rows = [[f"{budget:g}", arm, spread(losses, 4)] for (budget, arm), losses in sorted(by_arm.items())]
-    return markdown_table(["budget", "from scratch", "final loss"], rows) if rows else ""
+    return markdown_table(["budget", "arm", "final loss"], rows) if rows else ""
 
 
 def budget_lines(found, budget) -> list[str]:

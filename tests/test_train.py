@@ -649,6 +649,21 @@ def test_defaults_are_filled_in():
     assert (args.preset, args.every) == ("tiny", 1500)
 
 
+def test_steps_are_compiled_only_where_torch_can(tmp_path, monkeypatch):
+    """Without Python's headers g++ fails, and so would the first step."""
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    assert not parse_arguments([]).compile
+    Path(tmp_path, "Python.h").touch()
+    assert parse_arguments([]).compile and not parse_arguments(["--no-compile"]).compile
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert not parse_arguments([]).compile
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    assert not parse_arguments([]).compile
+
+
 def test_options_reach_the_model(encoder_name):
     tr = set_up_training(encoder_name, "--attention eager --checkpoint-activations")
     assert tr.model.checkpoint_activations and tr.model.blocks[0].attn.backend == "eager"
