@@ -56,7 +56,7 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"there is no device {name!r} here: {reason}") from None
+        raise ValueError(f"there is no device {name!r} here: {reason}; --device cpu always works") from None
 
 
 def bf16_is_fast(device_type: str) -> bool:

@@ -33,7 +33,7 @@ from cost import count_flops, memory_needed
 from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, set_attention
 from grow import grow_state
-from machine import RowStore, card, fits, keep_freed_memory, pick_device, pick_precision
+from machine import RowStore, can_compile, card, fits, keep_freed_memory, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
@@ -306,6 +306,8 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
             print("the first step compiles the model: half a minute, once (--no-compile begins at once)")
         for block in model.blocks:
             block.compile()
+    elif parallel.RANK == 0 and not can_compile():
+        print("note: steps are not compiled, hence slower: that needs Linux, g++ and python3-dev")
     clips = RowStore(data.clips.videos, device)
     args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
     state = first_state(args, start, data.fingerprint(), base_lr)

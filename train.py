@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="parts that a batch is cut into, to save memory (1)")
     add("--checkpoint-activations", action="store_true", help="save memory, compute a third more (off)")
     add("--shard", action="store_true", help="with torchrun: shard parameters and optimizer state (off)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, with g++ and python3-dev)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, with g++ and Python.h)")
     return parser
 
 

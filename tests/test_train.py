@@ -408,7 +408,7 @@ def test_a_device_that_is_not_here_is_refused():
     """In one short line, though torch says more."""
     with pytest.raises(ValueError, match="there is no device 'mps' here") as error:
         machine.pick_device("mps")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200 and "--device cpu" in str(error.value)
 
 
 CPU = torch.device("cpu")
@@ -662,6 +662,13 @@ def test_steps_are_compiled_only_where_torch_can(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     assert not parse_arguments([]).compile
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_it_is_said_what_compilation_lacks(can, encoder_name, monkeypatch, capsys):
+    monkeypatch.setattr(start, "can_compile", lambda: can)
+    set_up_training(encoder_name, "--no-compile")
+    assert ("python3-dev" in capsys.readouterr().out) != can
 
 
 def test_options_reach_the_model(encoder_name):
