@@ -27,11 +27,10 @@ import codecs
 import contextlib
 import ctypes
 import os
-import shutil
 import sys
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,7 +55,9 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"there is no device {name!r} here: {reason}; --device cpu always works") from None
+        raise ValueError(
+            f"there is no device {name!r} here: {reason}; try --device cpu, or cuda:1 for another GPU"
+        ) from None
 
 
 def bf16_is_fast(device_type: str) -> bool:
@@ -82,12 +83,18 @@ def autocast(device: torch.device, precision: torch.dtype | None):
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
 
 
-def can_compile() -> bool:
-    """Whether torch.compile finds what it needs, a C++ compiler and the headers of Python (on Debian g++ and
-    python3-dev). Elsewhere than on Linux it was not tried."""
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    return sys.platform == "linux" and headers.is_file() and compiler is not None
+@cache
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works here, found out with a tiny function: that takes seconds. It was tried on
+    Linux alone, and fails without a C++ compiler that is new enough or without the headers of Python, in a
+    path with spaces, where temporary files must not be run, ..."""
+    if sys.platform != "linux":
+        return False
+    try:
+        torch.compile(torch.nn.functional.silu)(torch.ones(8, device=device))
+    except RuntimeError:
+        return False
+    return True
 
 
 def keep_freed_memory():
@@ -205,7 +212,10 @@ def cache_dir() -> Path:
             path = Path.home() / ".cache" / "modelgrow"
         except RuntimeError:  # no HOME, and the user is not in the list of users
             return homeless_cache_dir()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{error}: set MODELGROW_CACHE to a folder for the cache") from None
     return path
 
 
@@ -228,24 +238,36 @@ def read_cache(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fsync(path: Path):
-    """Wait until a file or directory is on the disk: a power cut may come."""
+    """Wait until a file or directory is on the disk: a power cut may come. Some file systems cannot do that
+    for a directory."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(number)
 
 
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None):
+    """Write a safetensors file, with `about` in its header, that others may read if the umask lets them: by
+    itself save_file keeps it from all but the owner. Raises OSError, for example if the disk is full."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, about)
+    except SafetensorError as error:
+        raise OSError(f"cannot write into {path.parent}: {error}") from None
+    path.chmod(mode)
+
+
 def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None):
     """Write a file of the cache, with `about` in its header. It is complete or absent, even after a power
-    cut. Raises OSError, for example if the disk is full."""
+    cut. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         new = Path(temporary, "new")
-        try:
-            save_file(tensors, new, about)
-        except SafetensorError as error:
-            raise OSError(f"cannot write into {path.parent}: {error}") from None
-        new.chmod(path.parent.stat().st_mode & 0o644)  # save_file lets its owner alone read it
+        save_tensors(new, tensors, about)
         fsync(new)
         new.replace(path)
 
@@ -320,6 +342,7 @@ def safe_output():
 def run_command(main, memory_hint: str = "take smaller sizes"):
     """Run `main()` as a program. An error of the user becomes one line and exit status 2, Ctrl-C status 130.
     `memory_hint` says what to do when memory runs out."""
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook which starts a command may be missing here
     with safe_output():
         status = run_main(main, memory_hint)
     if status:

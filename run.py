@@ -34,11 +34,11 @@ from typing import NamedTuple
 import filelock
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dit import DiT, DiTConfig
-from machine import fsync
+from machine import fsync, save_tensors
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the included model
 PAGE = "docs/real_models.md says which grow and how to train"
@@ -82,8 +82,7 @@ def save_model(directory: Path, weights: dict[str, torch.Tensor], config: DiTCon
     header = {"format": "pt", "config": json.dumps(asdict(config))}  # other tools ask for the format
     for name, value in metadata.items():
         header[name] = json.dumps(value)
-    tensors = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(tensors, directory / "model.safetensors", header)
+    save_tensors(directory / "model.safetensors", weights, header)
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -253,7 +252,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint):
     new.mkdir(parents=True)
     try:
         write_checkpoint(new, checkpoint)
-    except (SafetensorError, OSError) as error:  # a SafetensorError hides an OSError
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{directory} could not be written: {error}") from None
     if directory.exists():
@@ -272,8 +271,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint):
         for name, entry in checkpoint.optimizer_state.items():
             for kind, tensor in entry.items():
                 tensors[f"{kind}.{name}"] = tensor
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, directory / "train_state.safetensors")
+        save_tensors(directory / "train_state.safetensors", tensors)
         (directory / "train_state.json").write_text(json.dumps(checkpoint.trainer_state, indent=1))
     for file in (*directory.iterdir(), directory):
         fsync(file)
@@ -306,7 +304,7 @@ def read_train_tensors(file: Path, model: DiT) -> dict[str, dict[str, torch.Tens
         if kind == "weights":
             weights[name] = tensor
         else:
-            optimizer_state.setdefault(name, {})[kind] = tensor
+            optimizer_state.setdefault(name, {})[kind] = tensor.clone()  # of the file, which goes at a save
     model.load_state_dict(weights)
     for name, entry in optimizer_state.items():
         shape = model.get_parameter(name).shape
@@ -398,6 +396,9 @@ class Run:
             except filelock.Timeout:
                 message = f"another process is training in {self.folder}: choose another --out"
                 raise ValueError(message) from None
+            except OSError as error:  # some networks' file systems have no locks
+                message = f"{self.folder} cannot be locked ({error.strerror}): choose an --out elsewhere"
+                raise OSError(message) from None
         return self
 
     def __exit__(self, *_):
@@ -541,13 +542,11 @@ class Run:
 
 def plot_losses(path: Path, records: list[dict], times):
     """The picture of a run: training and validation loss over steps, and validation loss over timesteps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
     curves = {"loss": "training", "val_loss": "validation (EMA)", "old_val_loss": "validation, old data"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     for key, label in curves.items():
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
@@ -560,6 +559,4 @@ def plot_losses(path: Path, records: list[dict], times):
         right.plot(times, record["val_loss_by_t"], color=str(grey), label=f"step {record['step']}")
     right.set(xlabel="t (0 = noise, 1 = clean)", ylabel="validation loss", yscale="log")
     right.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -33,7 +33,7 @@ from cost import count_flops, memory_needed
 from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, set_attention
 from grow import grow_state
-from machine import RowStore, can_compile, card, fits, keep_freed_memory, pick_device, pick_precision
+from machine import RowStore, card, compiles, fits, keep_freed_memory, pick_device, pick_precision
 from run import DEFAULTS, Checkpoint, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
@@ -301,13 +301,8 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     lr = torch.zeros((), device=device)
     precision = pick_precision(args.precision, device)
     optimizer = make_optimizer(model, start.optimizer_state, lr)
-    if args.compile:  # block by block: all share one compiled graph, which takes half the time to make
-        if parallel.RANK == 0:
-            print("the first step compiles the model: half a minute, once (--no-compile begins at once)")
-        for block in model.blocks:
-            block.compile()
-    elif parallel.RANK == 0 and not can_compile():
-        print("note: steps are not compiled, hence slower: that needs Linux, g++ and python3-dev")
+    if args.compile:
+        compile_blocks(model, device)
     clips = RowStore(data.clips.videos, device)
     args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
     state = first_state(args, start, data.fingerprint(), base_lr)
@@ -336,6 +331,18 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         metadata=start.metadata,
         trainer_state=state,
     )
+
+
+def compile_blocks(model: DiT, device):
+    """Compile block by block: all share one compiled graph, which takes half the time to make."""
+    if parallel.RANK == 0:
+        print("the first step compiles the model: half a minute, once (--no-compile begins at once)")
+    if compiles(device):
+        for block in model.blocks:
+            block.compile()
+    elif parallel.RANK == 0:
+        print("note: nothing is compiled, so steps are slower: torch.compile fails here. It needs Linux,")
+        print("g++ 10 or newer, python3-dev, a path without spaces, and a GPU that is not too old")
 
 
 def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -> int:

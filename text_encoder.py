@@ -161,6 +161,10 @@ def load(name: str, kind: str, dtype: torch.dtype, device: torch.device):
         if cache_dir() in Path(source).parents:  # unpacked by `unpack_gguf` and damaged since
             reason += f"; delete {source}, and it is unpacked again"
         raise OSError(f"cannot load {name!r} from a directory or the Hub: {reason}") from None
+    except ImportError as error:  # transformers imports what it finds, also what is broken
+        raise OSError(
+            f"cannot load {name!r}: {error}; a torchvision for another torch? pip uninstall torchvision"
+        ) from None
     check_parts(name, tokenizer, model, info["missing_keys"])
     return tokenizer, model.to(device).eval().requires_grad_(False)
 

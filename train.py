@@ -36,7 +36,7 @@ from data import SETS
 from dit import PRESETS
 from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
-from machine import PRECISIONS, GraphedStep, autocast, can_compile, run_command, to_device
+from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
 from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, is_quick, read_options
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="parts that a batch is cut into, to save memory (1)")
     add("--checkpoint-activations", action="store_true", help="save memory, compute a third more (off)")
     add("--shard", action="store_true", help="with torchrun: shard parameters and optimizer state (off)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, with g++ and Python.h)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, where it works)")
     return parser
 
 
@@ -217,7 +217,7 @@ def fill_defaults(args, defaults):
     if args.steps is None and args.minutes is None:
         args.steps = 20 if args.quick else 1200 if args.base else 6000
     if args.compile is None:
-        args.compile = can_compile()
+        args.compile = True
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import gguf
 import numpy as np
 import tokenizers
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from machine import save_tensors
 
 SIZES = {  # entry of the file -> argument of LlamaConfig
     "llama.vocab_size": "vocab_size",
@@ -71,7 +72,7 @@ def convert_gguf(file: Path, directory: Path):
     config = read_config(entries)
     config.save_pretrained(directory)
     read_tokenizer(entries).save_pretrained(directory)
-    save_file(read_weights(reader, config), directory / "model.safetensors", {"format": "pt"})
+    save_tensors(directory / "model.safetensors", read_weights(reader, config), {"format": "pt"})
 
 
 def read_config(entries: dict) -> LlamaConfig:

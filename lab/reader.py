@@ -31,12 +31,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import BACKGROUNDS, COLOURS, KINDS, MOTIONS, make_scenes
 from draw import places, render
-from machine import autocast, pick_device, pick_precision, run_command
+from machine import autocast, pick_device, pick_precision, run_command, save_tensors
 
 READER_VERSION = 1
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / f"reader-{READER_VERSION}.safetensors"
@@ -231,7 +231,7 @@ def main(argv=None):
     reader = train_reader(args.steps, clips=args.clips, device=pick_device(args.device))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     new = args.out.with_name(f".{args.out.name}.new")
-    save_file({name: value.contiguous().cpu() for name, value in reader.state_dict().items()}, new)
+    save_tensors(new, {name: value.cpu() for name, value in reader.state_dict().items()})
     new.replace(args.out)
     print(f"written to {args.out}")
 

@@ -7,8 +7,10 @@ taken, so both betas act; the first steps of the EMA are given as numbers.
 import copy
 import json
 import math
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,7 +42,7 @@ from conftest import (
     train_without_pictures,
     weights_of,
 )
-from dit import PRESETS, DiT
+from dit import PRESETS, Block, DiT
 from grow import grow_state, merge_lora
 from machine import GraphedStep, RowStore
 from run import PRETRAINED, Run, find_checkpoint, load_checkpoint, load_model, save_checkpoint, save_model
@@ -649,26 +651,38 @@ def test_defaults_are_filled_in():
     assert (args.preset, args.every) == ("tiny", 1500)
 
 
-def test_steps_are_compiled_only_where_torch_can(tmp_path, monkeypatch):
-    """Without Python's headers g++ fails, and so would the first step."""
-    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    assert not parse_arguments([]).compile
-    Path(tmp_path, "Python.h").touch()
-    assert parse_arguments([]).compile and not parse_arguments(["--no-compile"]).compile
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    assert not parse_arguments([]).compile
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
-    assert not parse_arguments([]).compile
+@pytest.mark.parametrize(("system", "fails"), [("linux", False), ("linux", True), ("darwin", False)])
+def test_steps_are_compiled_where_torch_can(system, fails, encoder_name, monkeypatch, capsys):
+    """Elsewhere they run as they are, and it is said: without Python's headers, for example, g++ fails."""
+
+    def stand_in(function):
+        if fails:
+            raise torch._dynamo.exc.BackendCompilerFailed(function, RuntimeError("no Python.h"), None)
+        return function
+
+    monkeypatch.setattr(machine.sys, "platform", system)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    machine.compiles.cache_clear()
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
+    tr = set_up_training(encoder_name, "--compile")
+    machine.compiles.cache_clear()
+    works = system == "linux" and not fails
+    assert compiled == (list(tr.model.blocks) if works else [])
+    assert ("python3-dev" in capsys.readouterr().out) != works
 
 
-@pytest.mark.parametrize("can", [True, False])
-def test_it_is_said_what_compilation_lacks(can, encoder_name, monkeypatch, capsys):
-    monkeypatch.setattr(start, "can_compile", lambda: can)
-    set_up_training(encoder_name, "--no-compile")
-    assert ("python3-dev" in capsys.readouterr().out) != can
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "false"])
+def test_compilation_is_tried(compiler, tmp_path):
+    """With a C++ compiler that fails, as one does that is too old, torch.compile does not work."""
+    if compiler == "g++" and not shutil.which("g++"):
+        pytest.skip("there is no g++ here")
+    code = "import machine, torch; print(machine.compiles(torch.device('cpu')))"
+    env = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = str(Path(machine.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == f"{compiler == 'g++'}\n", done.stderr
 
 
 def test_options_reach_the_model(encoder_name):
