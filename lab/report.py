@@ -34,7 +34,7 @@ from lab.verdicts import (
     steps_to_mix,
     verdict,
 )
-from lab.window import scale_section
+from lab.window import scale_claims, scale_section
 
 LOSS_ONLY = ("timing", "longer", "rates")  # parts that compare the loss on the way and sample nothing
 NOT_COVERED = (
@@ -342,11 +342,17 @@ def budget_claims(found) -> list[list[str]]:
     return rows
 
 
-def heading(results, found, parts) -> list[str]:
-    """The first page: when growth pays, all verdicts, and over which seeds the means are."""
-    text = ["![Growing or not, with four times the budget](longer.png)"] if found["longer"] else []
+def heading(results, found, parts, scales) -> list[str]:
+    """The first page: when growth pays, all verdicts, and over which seeds the means are. scales: the folders
+    of lab/scale.py's results."""
     judged = [*judge(found["growth"]), *judge(found["table"]), *judge(found["language"])]
-    rows = [*budget_claims(found), *([j.claim, j.verdict] for j in judged)]
+    of_budgets = [row for scale in scales for row in scale_claims(scale)]
+    rows = [*budget_claims(found), *of_budgets, *([j.claim, j.verdict] for j in judged)]
+    text = []
+    if of_budgets:
+        text.append("![Growing pays above zero, over the budget](scale-gain.png)")
+    elif found["longer"]:
+        text.append("![Growing or not, with four times the budget](longer.png)")
     if rows:
         text.append(markdown_table(["claim", "verdict"], rows))
     seeds = sorted({result["seed"] for result in results})
@@ -365,15 +371,14 @@ def write_report(folder: Path, parts) -> str:
     if there are no results."""
     found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
-    scale = []
-    for each in sorted(path for path in folder.glob("scale*") if path.is_dir()):
-        scale += scale_section(each)
+    scales = sorted(path for path in folder.glob("scale*") if path.is_dir())
+    scale = [paragraph for each in scales for paragraph in scale_section(each)]
     blocks = read_blocks(folder / "blocks")
     if not (results or scale or blocks):
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")
     text = ["# Results", "Written by `python -m lab.study --report`."]
     if results:
-        text += heading(results, found, parts)
+        text += heading(results, found, parts, scales)
     text.append(RULE)
     growth = found["growth"]
     if growth:

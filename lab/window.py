@@ -29,7 +29,7 @@ from lab.verdicts import first_reached, gains, loss_curve, measure, verdict
 
 NEVER, SCRATCH = "never grown", "large from scratch"
 EXTRA = "large from scratch, additional compute"  # as much as HALFWAY spends after growth
-HALFWAY = "doubled at 50 %"
+HALFWAY, HALF_MORE = "doubled at 50 %", "half more at 50 %"
 SCALE = (
     "The loss on `rich` of models that were trained, grown or not, with several budgets (lab/scale.py). A"
     " budget counts the FLOPs of training, those of the base included. In its last fifth the learning rate"
@@ -200,7 +200,8 @@ def lead_table(found) -> str:
         for other in (NEVER, SCRATCH):
             words = [lead(found, arm, other, seed) for seed in first.get(arm, {}) if arm != other]
             cells.append(", ".join(filter(None, words)))
-        rows.append(cells)
+        if any(cells[1:]):
+            rows.append(cells)
     titles = ["FLOPs for which the final loss is lower than that of", f"*{NEVER}*", f"*{SCRATCH}*"]
     return markdown_table(titles, rows)
 
@@ -215,6 +216,23 @@ def rates_table(folder: Path) -> str:
     return markdown_table(["budget", "arm", "final loss"], rows) if rows else ""
 
 
+def total_flops(arms) -> str:
+    """The FLOPs of a budget, in words."""
+    return f"{max(each['flops'] for by_seed in arms.values() for each in by_seed.values()):.2g} FLOPs"
+
+
+def scale_claims(folder: Path) -> list[list[str]]:
+    """Rows of the first table of the report: does growing after half of a budget beat never growing?"""
+    rows = []
+    for arms in read_scale(folder).values():
+        for arm in (HALF_MORE, HALFWAY):
+            values = gains(arms.get(arm, {}), arms.get(NEVER, {}), "last")
+            if values:
+                claim = f"With {total_flops(arms)} and a decay at the end, *{arm}* beats *{NEVER}*."
+                rows.append([claim, verdict(values)])
+    return rows
+
+
 def budget_lines(found, budget) -> list[str]:
     """What one budget says."""
     arms = found[budget]
@@ -223,8 +241,7 @@ def budget_lines(found, budget) -> list[str]:
     arguments = result["arguments"]
     clips, batch = (arguments[arguments.index(name) + 1] for name in ("--clips", "--batch"))
     seeds = ", ".join(map(str, by_seed))
-    flops = max(each["flops"] for by_seed in arms.values() for each in by_seed.values())
-    text = [f"Budget {budget:g}: {flops:.2g} FLOPs ({clips} clips, {batch} a step, seeds {seeds}):"]
+    text = [f"Budget {budget:g}: {total_flops(arms)} ({clips} clips, {batch} a step, seeds {seeds}):"]
     text.append(budget_table(found, budget))
     cell = lower_cell(arms, HALFWAY, EXTRA)
     if cell:
@@ -279,7 +296,7 @@ def plot_loss(found, path: Path):
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     drawn = []
-    for number, arm in enumerate((NEVER, SCRATCH, HALFWAY)):
+    for number, arm in enumerate((NEVER, SCRATCH, HALFWAY, HALF_MORE)):
         for arms in found.values():
             if arm in arms:
                 draw_band(axes, arms[arm], f"C{number}")
@@ -309,7 +326,7 @@ def plot_gain(found, path: Path):
     where a line is above zero. The bars are the standard deviation over seeds. The arms of a budget stand
     side by side."""
     figure, axes = new_plot(xlabel="budget in FLOPs, those of the base included", xscale="log")
-    axes.set(ylabel=f"% lower final loss than {NEVER}")
+    axes.set(ylabel=f"% lower final loss than {NEVER}", title="Growing pays above zero")
     axes.axhline(0, color="grey", lw=1)
     arms = dict.fromkeys(arm for by_arm in found.values() for arm in by_arm if arm not in (NEVER, EXTRA))
     budgets = [next(iter(next(iter(by_arm.values())).values()))["flops"] for by_arm in found.values()]

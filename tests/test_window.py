@@ -143,6 +143,23 @@ def test_tables_of_the_report(scale_report):
     assert "Measured at abc on m." in text and "Mean ± standard" not in text
 
 
+def test_claims_by_budget(scale_report):
+    """They are rows of the first table, and the first picture shows them."""
+    _, folder = scale_report
+    for seed in (0, 1, 2):  # the smallest budget is too small
+        (folder / "scale" / f"1-doubled at 50 %-{seed}.json").write_text(
+            json.dumps(made_up("doubled at 50 %", seed, 1, 9.0 + 0.1 * seed, 0.5))
+        )
+    claim = "With {} FLOPs and a decay at the end, *doubled at 50 %* beats *never grown*."
+    verdicts = {"1e+02": "contradicted", "4e+02": "holds", "1.6e+03": "holds", "6.4e+03": "holds"}
+    rows = [[claim.format(flops), verdict] for flops, verdict in verdicts.items()]
+    assert window.scale_claims(folder / "scale") == rows
+    nothing = {part: {} for part in study.PARTS}
+    picture, table, _ = report.heading([], nothing, study.PARTS, [folder / "scale"])
+    assert "(scale-gain.png)" in picture
+    assert f"| {claim.format('4e+02')} | holds |" in table
+
+
 def test_the_report_reproduces_byte_for_byte(scale_report):
     text, folder = scale_report
     names = ("README.md", "scale-loss.png", "scale-gain.png")
