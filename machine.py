@@ -85,9 +85,9 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 
 @cache
 def compiles(device: torch.device) -> bool:
-    """Whether torch.compile works here, found out with a tiny function: that takes seconds. It was tried on
-    Linux alone, and fails without a C++ compiler that is new enough or without the headers of Python, in a
-    path with spaces, where temporary files must not be run, ..."""
+    """Whether torch.compile works here, found out with a tiny function: that takes seconds. It is tried on
+    Linux alone. It fails without the headers of Python or a C++ compiler that is new enough, in a path with
+    spaces, where temporary files must not be run, and on old GPUs."""
     if sys.platform != "linux":
         return False
     try:

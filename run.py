@@ -304,7 +304,7 @@ def read_train_tensors(file: Path, model: DiT) -> dict[str, dict[str, torch.Tens
         if kind == "weights":
             weights[name] = tensor
         else:
-            optimizer_state.setdefault(name, {})[kind] = tensor.clone()  # of the file, which goes at a save
+            optimizer_state.setdefault(name, {})[kind] = tensor.clone()  # not mapped: the file will go
     model.load_state_dict(weights)
     for name, entry in optimizer_state.items():
         shape = model.get_parameter(name).shape
