@@ -42,7 +42,7 @@ SCALE = (
     " steps behind the weights: it softens the spike of plain copies. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
-RATES = "Final losses with other learning rates, of models from scratch (one seed) and of a grown one:"
+RATES = "Final losses with other learning rates; a number without a spread is of one seed:"
 
 
 def read_scale(folder: Path) -> dict:
