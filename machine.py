@@ -257,8 +257,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, 
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, about)
-    except SafetensorError as error:
-        raise OSError(f"cannot write into {path.parent}: {error}") from None
+    except SafetensorError as error:  # it hides an OSError
+        raise OSError(str(error)) from None
     path.chmod(mode)
 
 
@@ -267,7 +267,10 @@ def write_cache(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, s
     cut. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         new = Path(temporary, "new")
-        save_tensors(new, tensors, about)
+        try:
+            save_tensors(new, tensors, about)
+        except OSError as error:
+            raise OSError(f"cannot write into {path.parent}: {error}") from None
         fsync(new)
         new.replace(path)
 
