@@ -847,15 +847,6 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, all_in_training):
         assert places["b.gif"].read_bytes() == content
 
 
-def test_who_may_read_the_cache_may_read_its_clips(tmp_path, decoded, all_in_training):
-    root = lay_out(tmp_path / "my", "a.gif")
-    for mode, expected in ((0o700, 0o600), (0o755, 0o644)):
-        clips.cache_dir().chmod(mode)
-        place = FolderDataset(scan(root)).videos.places[0][0]
-        assert place.stat().st_mode & 0o777 == expected
-        place.unlink()
-
-
 @pytest.mark.parametrize("fit", [True, False])
 def test_clips_of_the_cache_for_another_device(tmp_path, decoded, all_in_training, monkeypatch, fit):
     """Those that fit are moved there, one by one. Of others a batch is read."""
