@@ -106,7 +106,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint-activations", action="store_true", help="save memory, compute a third more (off)")
     add("--shard", action="store_true", help="with torchrun: shard parameters and optimizer state (off)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on, where it works)")
-    parser.set_defaults(compile=True)  # argparse would say so twice
     return parser
 
 
@@ -217,6 +216,8 @@ def fill_defaults(args, defaults):
         args.clips = 256 if args.quick else {"basic": 16384}.get(args.data, 4096)
     if args.steps is None and args.minutes is None:
         args.steps = 20 if args.quick else 1200 if args.base else 6000
+    if args.compile is None:
+        args.compile = True
 
 
 # --------------------------------------------------------------------------------------------------------
