@@ -112,19 +112,10 @@ def foreign(path: Path) -> str:
     return ""
 
 
-def is_quick(run: Path) -> bool:
-    """Whether a run was made with --quick, which learns nothing."""
-    try:
-        return bool(json.loads((run / "args.json").read_text())["quick"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
-    """The checkpoint that was written last in any run below `root`, --quick runs left out; else the included
-    model. Raises FileNotFoundError if there is neither."""
+    """The checkpoint that was written last in any run right below `root` (--quick runs lie deeper); else the
+    included model. Raises FileNotFoundError if there is neither."""
     files = [*root.glob("*/checkpoint/model.safetensors"), *root.glob("*/checkpoint.old/model.safetensors")]
-    files = [file for file in files if not is_quick(file.parents[1])]
     if files:
         return max(files, key=lambda file: file.stat().st_mtime).parent
     if (PRETRAINED / "model.safetensors").is_file():

@@ -148,10 +148,10 @@ def unused_name(name: str, used: set[str]) -> str:
 
 
 def newest_model() -> Path:
-    """The newest checkpoint. Prints a note about a newer run that is passed over because of --quick."""
+    """The newest checkpoint. Prints a note about newer --quick runs, which are passed over."""
     chosen = newest_checkpoint()
     time_of_chosen = (chosen / "model.safetensors").stat().st_mtime
-    for file in Path("runs").glob("*/checkpoint/model.safetensors"):
+    for file in Path("runs/quick").glob("*/checkpoint/model.safetensors"):
         run = file.parents[1]
         if file.stat().st_mtime > time_of_chosen:
             print(f"note: {run} was made with --quick and is passed over; use --from {run}")

@@ -37,7 +37,7 @@ from dit import PRESETS
 from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, is_quick, read_options
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, say_what_to_expect, validate_and_save
@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights, batches and noise (0)")
     add("--every", type=int, default=1500, help="steps between samples, validation and checkpoint (1500)")
     add("--keep", action="store_true", help="keep the weights of every validation, in step_N (off)")
-    add("--quick", action="store_true", help="20 steps, nano if new: see that all works, learn nothing (off)")
+    add("--quick", action="store_true", help="20 steps, in runs/quick: see that everything works (off)")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", help="run directory (runs/base; runs/BASE-depth, -width, -lora, -more with --from)")
     add("--resume", action="store_true", help="continue the run in --out, with its options but --shard (off)")
@@ -141,25 +141,31 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return given
 
 
+def runs_folder(quick: bool) -> str:
+    """Where runs without --out go. Those of --quick learn nothing: they stay out of the way of real ones."""
+    return "runs/quick" if quick else "runs"
+
+
 def default_base(quick: bool) -> str:
-    """What --grow grows if no base is named: runs/base, unless it has learned nothing; else the included
-    model."""
+    """What --grow grows if no base is named: the run called base if it is there, else the included model."""
+    base = f"{runs_folder(quick)}/base"
     try:
-        find_checkpoint("runs/base")
+        find_checkpoint(base)
     except FileNotFoundError:
         return str(PRETRAINED)
-    return "runs/base" if quick or not is_quick(Path("runs/base")) else str(PRETRAINED)
+    return base
 
 
 def default_folder(args) -> str:
     """The folder of a run that has no --out."""
+    root = runs_folder(args.quick)
     if not args.base:
-        return "runs/base"
+        return f"{root}/base"
     name = [part for part in Path(args.base).absolute().parts if part != "checkpoint"][-1]
     suffix = "lora" if args.tune == "lora" else "more"
     if args.grow:
         suffix = args.grow.replace(",", "-")
-    return f"runs/{name}-{suffix}"
+    return f"{root}/{name}-{suffix}"
 
 
 def resumed_arguments(parser, argv, out: str) -> argparse.Namespace:

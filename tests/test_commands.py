@@ -185,13 +185,12 @@ def test_which_model_is_used_is_said(tmp_path, model_dir, monkeypatch, capsys):
 def test_a_quick_run_that_is_passed_over_is_named(tmp_path, model_dir, monkeypatch, capsys):
     """If it is newer than the model that is taken."""
     monkeypatch.chdir(tmp_path)
-    for name, quick, age in (("older", True, 9), ("real", False, 5), ("mine", True, 0)):
+    for name, age in (("quick/older", 9), ("real", 5), ("quick/base", 0)):
         checkpoint = Path("runs", name, "checkpoint")
         shutil.copytree(model_dir, checkpoint)
-        (checkpoint.parent / "args.json").write_text(json.dumps({"quick": quick}))
         os.utime(checkpoint / "model.safetensors", (time.time() - age,) * 2)
     assert sample.newest_model() == Path("runs/real/checkpoint")
-    note = "note: runs/mine was made with --quick and is passed over; use --from runs/mine\n"
+    note = "note: runs/quick/base was made with --quick and is passed over; use --from runs/quick/base\n"
     assert capsys.readouterr().out == note
 
 
@@ -255,23 +254,25 @@ def test_train_grow_sample_evaluate(tmp_path):
     """With --quick, with the real text encoders, in an empty folder."""
     (tmp_path / "prompts.txt").write_text("A dog!\na dog\n\nred ball\n")
     succeed("train.py --quick --clips 32", tmp_path)
-    assert "base: runs/base\n" in succeed("train.py --quick --clips 32 --grow depth", tmp_path)
-    succeed("train.py --quick --clips 32 --from runs/base --grow llm", tmp_path)
-    succeed('sample.py "a cat surfing" --from runs/base-llm --steps 3 --recaption', tmp_path)
+    assert "base: runs/quick/base\n" in succeed("train.py --quick --clips 32 --grow depth", tmp_path)
+    succeed("train.py --quick --clips 32 --from runs/quick/base --grow llm", tmp_path)
+    succeed('sample.py "a cat surfing" --from runs/quick/base-llm --steps 3 --recaption', tmp_path)
     assert "pretrained\n" in succeed("sample.py --prompts prompts.txt --num 2 --steps 2", tmp_path)
-    succeed("-m lab.evaluate runs/base --count 8 --steps 2", tmp_path)
+    succeed("-m lab.evaluate runs/quick/base --count 8 --steps 2", tmp_path)
     succeed("data.py --data rich --size 32", tmp_path)
     succeed('text_encoder.py "a cat surfing"', tmp_path)
     succeed('text_encoder.py "a cat surfing" --llm smollm2', tmp_path)
-    succeed("align.py runs/base", tmp_path)
+    succeed("align.py runs/quick/base", tmp_path)
     succeed("cost.py", tmp_path)
-    succeed("grow.py runs/base-depth --width 2 --out runs/wide", tmp_path)
-    succeed("train.py --quick --clips 32 --from runs/base-depth --tune lora", tmp_path)
+    succeed("grow.py runs/quick/base-depth --width 2 --out runs/wide", tmp_path)
+    succeed("train.py --quick --clips 32 --from runs/quick/base-depth --tune lora", tmp_path)
     found = files_below(tmp_path)
-    for run in ("base", "base-depth", "base-llm", "base-depth-lora", "wide", "swapped"):
+    for run in ("base", "base-depth", "base-llm", "base-depth-lora"):
+        assert f"runs/quick/{run}/checkpoint/model.safetensors" in found
+    for run in ("wide", "swapped"):
         assert f"runs/{run}/checkpoint/model.safetensors" in found
     for name in ("samples/step_000020.gif", "loss.png", "evaluation.json"):
-        assert f"runs/base/{name}" in found
+        assert f"runs/quick/base/{name}" in found
     for name in ("a-cat-surfing", "a-dog", "a-dog-2", "a-dog-3", "a-dog-4", "red-ball", "red-ball-2"):
         assert {f"samples/{name}.mp4", f"samples/{name}.gif"} <= found
     assert {"samples/a-cat-surfing.recaption.txt", "samples/preview-rich.png"} <= found
@@ -292,7 +293,7 @@ def test_growth_without_a_run_takes_the_model_that_comes_along(tmp_path):
     assert re.search(r"^base: .*pretrained$", said, re.MULTILINE)
     before, after = re.search(r"loss ([\d.]+) before growth, ([\d.]+) after", said).groups()
     assert before == after
-    model, _ = load_model(tmp_path / "runs" / "pretrained-depth")
+    model, _ = load_model(tmp_path / "runs" / "quick" / "pretrained-depth")
     assert model.config.depth == 8
 
 

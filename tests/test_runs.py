@@ -268,28 +268,24 @@ def test_pickles_are_never_opened(tmp_path):
 # Which checkpoint is meant
 
 
-def lay_out_run(root, name, age, quick=False, place="checkpoint"):
+def lay_out_run(root, name, age, place="checkpoint"):
     """An empty run whose checkpoint was written `age` seconds ago -> its checkpoint."""
     directory = root / name / place
     directory.mkdir(parents=True)
     (directory / "model.safetensors").touch()
     then = time.time() - age
     os.utime(directory / "model.safetensors", (then, then))
-    (root / name / "args.json").write_text(json.dumps({"quick": quick}))
     return directory
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path):
     root = tmp_path / "runs"
-    lay_out_run(root, "quick", age=0, quick=True)
+    lay_out_run(root, "quick/base", age=0)
     assert newest_checkpoint(root) == PRETRAINED  # a --quick run has learned nothing
     older = lay_out_run(root, "older", age=30)
     assert newest_checkpoint(root) == older
     newer = lay_out_run(root, "newer", age=20, place="checkpoint.old")  # killed between two renames
     assert newest_checkpoint(root) == newer
-    last = lay_out_run(root, "last", age=10)
-    (root / "last" / "args.json").write_text("[")  # an unreadable file is none of a --quick run
-    assert newest_checkpoint(root) == last
 
 
 def test_pretrained_is_found_from_another_directory(tmp_path, monkeypatch):

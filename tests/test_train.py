@@ -721,16 +721,25 @@ def test_a_run_is_named_after_its_base(tmp_path, monkeypatch, line, out):
 
 
 def test_growth_needs_no_run(tmp_path, monkeypatch):
-    """Without runs/base, or if it is of a --quick run, the included model is grown."""
+    """Without a run called base, the included model is grown."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)  # of a run that was killed at once
     args = parse_arguments(["--grow", "depth"])
     assert find_checkpoint(args.base) == PRETRAINED and args.out == "runs/pretrained-depth"
     save_checkpoint(tmp_path / "runs" / "base" / "checkpoint.old", load_checkpoint(PRETRAINED))
-    for quick in (False, True):
-        (tmp_path / "runs" / "base" / "args.json").write_text(json.dumps({"quick": quick}))
-        args = parse_arguments(["--grow", "depth", *["--quick"] * quick])
-        assert (args.base, args.out) == ("runs/base", "runs/base-depth")
+    args = parse_arguments(["--grow", "depth"])
+    assert (args.base, args.out) == ("runs/base", "runs/base-depth")
+
+
+def test_quick_runs_are_out_of_the_way(tmp_path, monkeypatch):
+    """A self-test takes no name of a real run, and real runs do not grow what has learned nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["--quick"]).out == "runs/quick/base"
+    args = parse_arguments(["--quick", "--grow", "depth"])
+    assert find_checkpoint(args.base) == PRETRAINED and args.out == "runs/quick/pretrained-depth"
+    save_checkpoint(tmp_path / "runs" / "quick" / "base" / "checkpoint", load_checkpoint(PRETRAINED))
+    args = parse_arguments(["--quick", "--grow", "depth"])
+    assert (args.base, args.out) == ("runs/quick/base", "runs/quick/base-depth")
     assert find_checkpoint(parse_arguments(["--grow", "depth"]).base) == PRETRAINED
 
 
