@@ -42,7 +42,10 @@ SCALE = (
     " steps behind the weights: it softens the spike of plain copies. Tokens are those of the clips, as often"
     " as they were seen, the base's included. The steps of a grown model are those since its growth."
 )
-RATES = "Final losses with other learning rates; a number without a spread is of one seed:"
+RATES = (
+    "Final losses with other learning rates, compared within each seed; a number without a spread is of one"
+    " seed:"
+)
 
 
 def read_scale(folder: Path) -> dict:
@@ -207,13 +210,21 @@ def lead_table(found) -> str:
 
 
 def rates_table(folder: Path) -> str:
-    """Final losses with other learning rates (lab/scale.py --tune); empty without any."""
-    by_arm = {}
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text())
-        by_arm.setdefault((result["budget"], result["arm"]), []).append(measure(result, "last"))
-    rows = [[f"{budget:g}", arm, spread(losses, 4)] for (budget, arm), losses in sorted(by_arm.items())]
-    return markdown_table(["budget", "arm", "final loss"], rows) if rows else ""
+    """Final losses with other learning rates (lab/scale.py --tune and --rates); empty without any. Arms are
+    named "ARM, rate RATE"."""
+    found = {}
+    for result in (json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))):
+        arm, _, rate = result["arm"].partition(", rate ")
+        arms = found.setdefault((result["budget"], rate), {})
+        arms.setdefault(arm, {})[result["seed"]] = result
+    rows = []
+    for (budget, rate), arms in found.items():
+        for arm, by_seed in arms.items():
+            losses = [measure(each, "last") for each in by_seed.values()]
+            rows.append([f"{budget:g}", arm, rate, spread(losses, 4), lower_cell(arms, arm, NEVER)])
+    rows.sort(key=lambda row: (float(row[0]), *row[1:3]))
+    titles = ["budget", "arm", "rate", "final loss", f"lower than *{NEVER}*, same rate"]
+    return markdown_table(titles, rows) if rows else ""
 
 
 def total_flops(arms) -> str:

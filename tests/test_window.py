@@ -190,8 +190,19 @@ def test_seeds_that_are_under_way_do_not_count(scale_report):
 
 
 def test_learning_rates_are_reported(scale_report):
+    """Arms with the same rate are compared within each seed, and no others."""
     _, folder = scale_report
-    (folder / "scale" / "rates").mkdir()
-    tuned = made_up("4 blocks, rate 0.003", 0, 1, 0.25)
-    (folder / "scale" / "rates" / "any.json").write_text(json.dumps(tuned))
-    assert "| 1 | 4 blocks, rate 0.003 | 0.2500 |" in report.write_report(folder, study.PARTS)
+    rates = folder / "scale" / "rates"
+    rates.mkdir()
+    results = [made_up("4 blocks, rate 0.003", 0, 1, 0.25)]
+    for seed in range(3):
+        results.append(made_up("never grown, rate 0.0015", seed, 4, 0.3 + 0.01 * seed))
+        results.append(made_up("half more at 50 %, rate 0.0015", seed, 4, 0.28 + 0.01 * seed))
+        results.append(made_up("half more at 50 %, rate 0.006", seed, 4, 0.27))
+    for number, result in enumerate(results):
+        (rates / f"{number}.json").write_text(json.dumps(result))
+    text = report.write_report(folder, study.PARTS)
+    assert "| 1 | 4 blocks | 0.003 | 0.2500 |  |" in text
+    assert "| 4 | never grown | 0.0015 | 0.3100 ± 0.0100 |  |" in text
+    assert "| 4 | half more at 50 % | 0.0015 | 0.2900 ± 0.0100 | 0.0200 ± 0.0000 (holds) |" in text
+    assert "| 4 | half more at 50 % | 0.006 | 0.2700 ± 0.0000 |  |" in text
