@@ -209,19 +209,25 @@ def lead_table(found) -> str:
     return markdown_table(titles, rows)
 
 
+def rates_of(result) -> str:
+    """The peak learning rate of a result: "0.003"; if its base had another one, "0.003, then 0.006"."""
+    trainings = [arguments for arguments in (result["base"], result["arguments"]) if arguments]
+    rates = [arguments[arguments.index("--lr") + 1] for arguments in trainings]
+    return ", then ".join(dict.fromkeys(rates))
+
+
 def rates_table(folder: Path) -> str:
-    """Final losses with other learning rates (lab/scale.py --tune and --rates); empty without any. Arms are
-    named "ARM, rate RATE"."""
+    """Final losses with other learning rates (lab/scale.py, --tune and --rates); empty without any."""
     found = {}
-    for result in (json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))):
-        arm, _, rate = result["arm"].partition(", rate ")
-        arms = found.setdefault((result["budget"], rate), {})
+    for result in (json.loads(file.read_text()) for file in folder.rglob("*.json")):
+        arm = result["arm"].partition(", rate ")[0]
+        arms = found.setdefault((result["budget"], rates_of(result)), {})
         arms.setdefault(arm, {})[result["seed"]] = result
     rows = []
-    for (budget, rate), arms in found.items():
+    for (budget, rates), arms in found.items():
         for arm, by_seed in arms.items():
             losses = [measure(each, "last") for each in by_seed.values()]
-            rows.append([f"{budget:g}", arm, rate, spread(losses, 4), lower_cell(arms, arm, NEVER)])
+            rows.append([f"{budget:g}", arm, rates, spread(losses, 4), lower_cell(arms, arm, NEVER)])
     rows.sort(key=lambda row: (float(row[0]), *row[1:3]))
     titles = ["budget", "arm", "rate", "final loss", f"lower than *{NEVER}*, same rate"]
     return markdown_table(titles, rows) if rows else ""

@@ -189,20 +189,29 @@ def test_seeds_that_are_under_way_do_not_count(scale_report):
     assert "Budget 1: " in text and "FLOPs for which" not in text
 
 
+def with_rate(result, rate, base=None):
+    """A result with these peak learning rates."""
+    result["arguments"] += ["--lr", rate]
+    return result | {"base": ["--lr", base] if base else []}
+
+
 def test_learning_rates_are_reported(scale_report):
     """Arms with the same rate are compared within each seed, and no others."""
     _, folder = scale_report
-    rates = folder / "scale" / "rates"
-    rates.mkdir()
-    results = [made_up("4 blocks, rate 0.003", 0, 1, 0.25)]
+    results = [with_rate(made_up("4 blocks, rate 0.003", 0, 1, 0.25), "0.003")]
     for seed in range(3):
-        results.append(made_up("never grown, rate 0.0015", seed, 4, 0.3 + 0.01 * seed))
-        results.append(made_up("half more at 50 %, rate 0.0015", seed, 4, 0.28 + 0.01 * seed))
-        results.append(made_up("half more at 50 %, rate 0.006", seed, 4, 0.27))
+        small = made_up("never grown", seed, 4, 0.3 + 0.01 * seed)
+        grown = made_up("half more at 50 %", seed, 4, 0.28 + 0.01 * seed, 0.5)
+        faster = made_up("half more at 50 %", seed, 4, 0.27, 0.5)
+        results.append(with_rate(small, "0.0015"))
+        results.append(with_rate(grown, "0.0015", "0.0015"))
+        results.append(with_rate(faster, "0.006", "0.0015"))
+    rates = folder / "scale" / "rates"
     for number, result in enumerate(results):
-        (rates / f"{number}.json").write_text(json.dumps(result))
+        (rates / str(number)).mkdir(parents=True)
+        (rates / str(number) / "any.json").write_text(json.dumps(result))
     text = report.write_report(folder, study.PARTS)
     assert "| 1 | 4 blocks | 0.003 | 0.2500 |  |" in text
     assert "| 4 | never grown | 0.0015 | 0.3100 ± 0.0100 |  |" in text
     assert "| 4 | half more at 50 % | 0.0015 | 0.2900 ± 0.0100 | 0.0200 ± 0.0000 (holds) |" in text
-    assert "| 4 | half more at 50 % | 0.006 | 0.2700 ± 0.0000 |  |" in text
+    assert "| 4 | half more at 50 % | 0.0015, then 0.006 | 0.2700 ± 0.0000 |  |" in text
