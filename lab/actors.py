@@ -3,6 +3,7 @@
 A run that was trained with --keep has the weights of every validation. This file scores all of them on the
 same prompts with the same noise, so that accuracy becomes a curve over training FLOPs: for every attribute,
 and for prompts of one, two and three actors. Several runs make one curve if each continues the one before.
+Who deletes some of the weights (step_N) first gets fewer points, and gets them sooner.
 
     python train.py --data both --keep
     python -m lab.actors runs/base

@@ -7,7 +7,7 @@
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
 #                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
-#   rates, table the paper's table: LoRA, dense continuation, expansion, with and without an LLM
+#   rates, table the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM
 #                (the table with --table: put the best rates into lab/study.py first)
 #   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #

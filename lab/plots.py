@@ -1,7 +1,7 @@
 """The pictures of the study, from the results that lab/report.py reads.
 
 The same numbers give the same bytes. A curve is a mean over seeds, and a bar or a band is the standard
-deviation; `plot_actors` draws a single run.
+deviation; `plot_actors` draws runs that continue each other, without a spread.
 """
 
 import itertools

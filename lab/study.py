@@ -22,15 +22,15 @@ are then grown to the size of *large from scratch*. How soon do they reach its f
 to continue?
 
 **rates, table** - the paper's table, for a GPU. The base has the preset, data and FLOPs of `python train.py`,
-with batches of 64 and no decay. It is trained further on `rich`, with short and detailed captions, by dense
-continuation, LoRA and expansion, with and without an LLM, all with the same FLOPs and a decay at the end.
-Part rates finds the learning rate of each kind first, on one seed.
+with batches of 64 and no decay. It is trained further on `rich`, with short and detailed captions: by LoRA,
+and by dense continuation and expansion, with and without an LLM. All spend the same FLOPs and decay at the
+end. Part rates finds the learning rates without an LLM first, on one seed.
 
 **FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
 encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
 not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
 learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the
-averaged weights (EMA) are judged. In parts language and table, where only ends are compared, the rate decays.
+averaged weights (EMA) are judged. In parts language, rates and table only ends are compared: there it decays.
 
 **What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
 those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
