@@ -183,9 +183,11 @@ def build_grown(base: DiT, weights: dict[str, torch.Tensor], seed=0, **changes) 
     """The config of `base` after `changes`, with `weights`; all other parameters are drawn from `seed`."""
     config = replace(base.config, **changes)
     if base.config.lora_rank and config.lora_rank and not changes.keys() <= {"frames", "size"}:
-        raise ValueError("this model has LoRA adapters: merge them before it grows")
+        raise ValueError(
+            "this model has LoRA adapters: merge them first, python grow.py RUN --merge --out OTHER"
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         grown = DiT(config)
     grown.to(next(base.parameters()))  # device and type
     grown.load_state_dict({**grown.state_dict(), **weights})

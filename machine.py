@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.25  # of a GPU's memory that a data set may take; the model needs the rest
+READ_AT_ONCE = 1024  # clips on their way to a GPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
 WARMUP_CALLS = 3  # of a step before it is captured: libraries allocate and tune at first calls
 
@@ -124,7 +125,7 @@ def fits(size: int, device: torch.device) -> bool:
 class RowStore:
     """Rows of a large tensor, on the training device.
 
-    tensor (N, ...), on any device, or what is indexed like one and reads its rows from files.
+    tensor (N, ...) uint8, on any device, or what is indexed like one and reads its rows from files.
     """
 
     def __init__(self, tensor, device: torch.device):
@@ -133,7 +134,9 @@ class RowStore:
         if device.type == "cpu" or tensor.device == device:
             return  # it lies where it is needed, or in files
         if fits(tensor.nbytes, device):
-            self.tensor = tensor[torch.arange(len(tensor))].to(device)
+            self.tensor = torch.empty(tensor.shape, dtype=torch.uint8, device=device)
+            for rows in torch.arange(len(tensor)).split(READ_AT_ONCE):  # the CPU may have less memory
+                self.tensor[rows.to(device)] = tensor[rows].to(device)
         else:
             self.pool = ThreadPoolExecutor(1)
 
@@ -193,7 +196,8 @@ class GraphedStep:
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in inputs]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # By default a capture forbids what other threads do meanwhile: RowStore's pins memory.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         for captured, tensor in zip(self.inputs, inputs, strict=True):
             captured.copy_(tensor)

@@ -102,7 +102,7 @@ def sample_replies(llm: LanguageModel, prompt: str, tries: int, seed: int) -> li
         never.append(llm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
     on_gpu = llm.device.type == "cuda"
     with torch.random.fork_rng(devices=[llm.device] if on_gpu else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         replies = llm.model.generate(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],

@@ -343,6 +343,11 @@ def read_options(folder: Path | str, parser) -> dict:
     return options
 
 
+def option_name(name: str) -> str:
+    """The option of train.py whose value is called `name` in args.json."""
+    return "--" + {"base": "from"}.get(name, name.replace("_", "-"))
+
+
 class Diverged(ValueError):
     """The loss or its gradient was not finite at `step`."""
 
@@ -379,7 +384,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         existing = [name for name in ("checkpoint", "checkpoint.old") if (self.folder / name).exists()]
         if existing and not self.resume:
-            raise ValueError(f"{self.folder} holds a run already: give --resume, or choose another --out")
+            begun = (self.folder / "args.json").is_file()  # else it comes from grow.py
+            how = "give --resume, or" if begun else f"give --from {self.folder}, and"
+            raise ValueError(f"{self.folder} holds a run already: {how} choose another --out")
         self.lock = filelock.FileLock(self.folder / "lock")
         if self.writer:
             try:
@@ -426,11 +433,12 @@ class Run:
 
     def begin(self, args: dict, trainer_state: dict):
         """Write args.json, and take up metrics, pending losses and clock where a resumed run stopped. From
-        here on the first signal lets the run save and stop."""
+        here on the first signal lets the run save and stop. Raises ValueError if --minutes are over."""
         self.step = self.first = trainer_state["step"]
         self.total = args["steps"] or math.inf
         if trainer_state.get("minutes") == args["minutes"] and not args["steps"]:
             self.total = trainer_state.get("total", math.inf)  # what these minutes have come to
+        self.check_longer(args, trainer_state)
         self.started -= trainer_state["seconds"]
         self.losses = [torch.tensor(loss) for loss in trainer_state.get("losses", ())]
         self.last_log = self.step, self.seconds()
@@ -443,6 +451,16 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.stop)
+
+    def check_longer(self, args: dict, trainer_state: dict):
+        """Raise ValueError if a run is to end after minutes that are over; print a note if it had begun its
+        decay and is to be longer."""
+        seconds = trainer_state["seconds"]
+        if args["minutes"] and self.total == math.inf and 60 * args["minutes"] <= seconds:
+            raise ValueError(f"{self.folder} has {seconds / 60:.1f} minutes already: --minutes must be more")
+        before = trainer_state.get("total", math.inf)
+        if self.writer and self.total > before and self.step > (1 - args["decay"]) * before:
+            print(f"note: the learning rate had fallen, and jumps up; --from {self.folder} warms up")
 
     def record(self, **numbers):
         """Append a line to metrics.jsonl."""
@@ -507,10 +525,10 @@ class Run:
         their own, step_N, which is a checkpoint without a training state."""
         if self.writer:
             fsync(self.metrics)
-            save_checkpoint(self.folder / "checkpoint", checkpoint)
-            if keep:
+            if keep:  # first: a run that continues from the checkpoint would not make it again
                 kept = self.folder / f"step_{self.step:06d}"
                 save_checkpoint(kept, checkpoint._replace(trainer_state={}))
+            save_checkpoint(self.folder / "checkpoint", checkpoint)
 
     def plot(self, times):
         """Draw loss.png; `times` are the timesteps that the validation losses by timestep stand for."""

@@ -237,7 +237,8 @@ def set_up(args, prompts_class=Prompts) -> Training:
     history = metadata["history"]
     if args.resume:
         history = history[:-1]  # the last entry is this run
-    metadata = {**metadata, "history": history, "fps": args.fps or metadata["fps"]}
+    fps = DEFAULTS["fps"] if args.data in SETS else args.fps or metadata["fps"]
+    metadata = {**metadata, "history": history, "fps": fps}
     config = start.model.config if start else new_config(args)
     if args.drop_text != TEXT_DROPOUT and not (config.llm_dim or args.resume):
         raise ValueError("--drop-text is for a model that reads with an LLM: --grow llm makes one")
@@ -254,7 +255,7 @@ def set_up(args, prompts_class=Prompts) -> Training:
     with parallel.first_process_first():
         prompts = prompts_class(data.texts(), metadata, config.llm_dim, device)
     if start is None:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)
         model = DiT(replace(config, text_dim=prompts.features[0].dim))
         start = Checkpoint(model, copy.deepcopy(model), {}, metadata, {})
     elif args.grow and "llm" in args.grow.split(",") and not args.resume:
@@ -306,6 +307,7 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
     clips = RowStore(data.clips.videos, device)
     args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
     state = first_state(args, start, data.fingerprint(), base_lr)
+    lr.fill_(state["lr"])  # a checkpoint before the first step says it too
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if scaler.is_enabled() and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
@@ -347,8 +349,8 @@ def compile_blocks(model: DiT, device):
 
 def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -> int:
     """Clips of a step for a run without --batch: 32; on a GPU the largest of 32, 16, ... (16, 8, ... for a
-    wide model) that fits, and a line that says so. Each of several processes takes the same number. Raises
-    ValueError if not even one clip fits."""
+    wide model) that fits, and a line that says so. Each of several processes takes the same number, that of
+    the smallest card. Raises ValueError if not even one clip fits."""
     found = card(clips.device)
     most = WIDE_BATCH if found and model.config.width >= WIDE else BATCH
     share = max(1, most // parallel.WORLD)
@@ -362,14 +364,16 @@ def pick_batch(args, model: DiT, clips: RowStore, prompts: Prompts, precision) -
         part = math.ceil(share / args.accumulate)
         needed = memory_needed(model, part, prompts.lengths, precision, resident, shards)
         if needed < USABLE * memory:
-            batch = share * parallel.WORLD
-            say_what_is_trained(args, clips.device, batch)
-            return batch
+            break
         share //= 2
-    raise ValueError(
-        f"{name_of(clips.device)}: one clip of {what} needs about {needed / 2**30:.1f} GiB; give"
-        " --checkpoint-activations, a smaller --preset or --size, or --batch 1 to try it"
-    )
+    else:
+        raise ValueError(
+            f"{name_of(clips.device)}: one clip of {what} needs about {needed / 2**30:.1f} GiB; give"
+            " --checkpoint-activations, a smaller --preset or --size, or --batch 1 to try it"
+        )
+    batch = -int(parallel.agree(-share)) * parallel.WORLD
+    say_what_is_trained(args, clips.device, batch)
+    return batch
 
 
 def make_optimizer(model, optimizer_state: dict, lr: torch.Tensor) -> torch.optim.AdamW:

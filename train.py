@@ -37,7 +37,7 @@ from dit import PRESETS
 from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, read_options
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, option_name, read_options
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, say_what_to_expect, validate_and_save
@@ -175,8 +175,8 @@ def resumed_arguments(parser, argv, out: str) -> argparse.Namespace:
     args.out = out
     for name, value in before.items():
         if getattr(args, name) != value and name not in RESUMABLE:
-            option = {"base": "from"}.get(name, name.replace("_", "-"))
-            raise ValueError(f"--resume continues with the options that the run had: leave out --{option}")
+            option = option_name(name)
+            raise ValueError(f"--resume continues with the options that the run had: leave out {option}")
     longer = args.steps != before.get("steps")
     if longer and args.minutes != before.get("minutes"):
         raise ValueError("--steps and --minutes both say how long to train: leave out one")
@@ -328,8 +328,9 @@ def update_ema(ema, model, step: int, decay: float):
 
 
 def learning_rate(peak, step, steps, warmup, decay=0.3, start=0.0) -> float:
-    """Warmup-stable-decay: from `start` to the peak over `warmup` steps, a plateau, and a straight line to
+    """Warmup-stable-decay: from `start` up to the peak over `warmup` steps, a plateau, and a straight line to
     zero over the last `decay` of `steps`, which may be infinite."""
+    start = min(start, peak)
     rate = start + (peak - start) * min(1.0, (step + 1) / warmup)
     if decay and steps < math.inf:
         rate *= min(1.0, (1 - step / steps) / decay)

@@ -27,16 +27,18 @@ from dit import PRESETS
 from lab.bench import QUICK, alternate, bench_attention, bench_train, our_model, training_step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CACHES = ("MODELGROW_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 QUICK_OPTIONS = "--quick --clips 16 --batch 2 --steps 10"
 SMALL_OPTIONS = "--preset small --data both --clips 8192 --batch 32 --steps 300 --every 1000"
 
 
 def run_train(bench, options: str) -> dict:
-    """Run train.py in a process of its own, with an empty cache -> a row about it. Raises RuntimeError if
-    it fails, TimeoutExpired if it takes longer than the whole bench may."""
+    """Run train.py in a process of its own, with empty caches -> a row about it. Raises RuntimeError if it
+    fails, TimeoutExpired if it takes longer than the whole bench may."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        environment = {**os.environ, "MODELGROW_CACHE": str(Path(folder) / "cache")}
+        caches = {name: str(Path(folder) / name) for name in CACHES}
+        environment = {**os.environ, **caches}
         command = [sys.executable, "train.py", *options.split()]
         command += ["--device", str(bench.device), "--out", str(out)]
         limit = 60 * bench.minutes

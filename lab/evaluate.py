@@ -314,7 +314,7 @@ def sample_clips(
     device = next(model.parameters()).device
     config = model.config
     shape = (len(captions), 3, config.frames, config.size, config.size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))
     null = prompts.batch([NULL_PROMPT])
     clips = []
     for start in tqdm(range(0, len(captions), 50), title, disable=title is None):
@@ -364,10 +364,13 @@ def evaluate(
 
 
 def output_path(checkpoint: Path) -> Path:
-    """Where the scores of a checkpoint directory go: evaluation.json of its run; for a checkpoint outside of
-    a run runs/evaluation-NAME.json, so that nothing is written beside it."""
+    """Where the scores of a checkpoint directory go: evaluation.json of its run, or evaluation-step_N.json of
+    weights that it has kept; for a checkpoint outside of a run runs/evaluation-NAME.json, so that nothing is
+    written beside it."""
     if checkpoint.name.startswith("checkpoint"):
         return checkpoint.parent / "evaluation.json"
+    if checkpoint.name.startswith("step_"):
+        return checkpoint.parent / f"evaluation-{checkpoint.name}.json"
     return Path("runs") / f"evaluation-{checkpoint.resolve().name}.json"
 
 

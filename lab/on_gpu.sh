@@ -57,7 +57,7 @@ run() { # trains the run $1 with options $2, or what is left of it
 
 pack() { # leaves in OUT what is there so far
     local trained=()
-    [[ -d $runs/pretrained/checkpoint ]] && trained=($runs/pretrained-base $runs/pretrained)
+    [[ -f $runs/pretrained/trained ]] && trained=($runs/pretrained-base $runs/pretrained)
     python -m lab.parcel $out ${trained[@]+"${trained[@]}"} --results $results
 }
 trap pack EXIT
@@ -70,9 +70,11 @@ if [[ ! -f $results/actors/pretrained.json ]]; then
             python grow.py $runs/pretrained-base $larger --out $runs/larger
         fi
     fi
+    (($(left 160) > 0)) || exit 0 # the next call has the time
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
-    rm -f $results/pretrained/evaluation.{json,gif} # of the model before
     run pretrained "$grown $long --from $runs/larger"
+    touch $runs/pretrained/trained # to its end: worth keeping
+    rm -f $results/pretrained/evaluation.{json,gif} # of the model before
     pack
     mkdir -p $results/pretrained $results/actors
     python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json

@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 from machine import run_command
@@ -29,12 +30,14 @@ KEPT = ("args.json", "metrics.jsonl")  # of a run, beside its weights
 def pack(out: Path, results: Path, runs: list[Path]):
     """Write the parcel of `results` and of runs, of which the last is the model to keep."""
     out.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(out / "results.tar.gz", "w:gz") as tar:
+    new = out / "results.tar.gz.new"  # the last parcel stays until this one is whole
+    with tarfile.open(new, "w:gz") as tar:
         for file in sorted([*results.rglob("*.json"), *results.rglob("evaluation.gif")]):
             tar.add(file, file.relative_to(results))
         for run in runs:
             for name in KEPT:
                 tar.add(run / name, Path("pretrained") / f"{run.name}-{name}")
+    new.replace(out / "results.tar.gz")
     if runs:
         model, metadata = load_model(runs[-1])
         weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
@@ -44,15 +47,18 @@ def pack(out: Path, results: Path, runs: list[Path]):
 
 def take(out: Path, home: Path = HOME) -> list[Path]:
     """Put a parcel into the repository `home` -> the files that were written. Raises FileNotFoundError if
-    there is no parcel."""
+    there is no parcel, ValueError if it is damaged."""
     if not (out / "results.tar.gz").is_file():
         raise FileNotFoundError(f"{out} has no results.tar.gz: lab/on_gpu.sh writes one")
-    with tarfile.open(out / "results.tar.gz") as tar:
-        written = [home / "results" / name for name in tar.getnames()]  # a damaged parcel ends here
-        if (out / "model.safetensors").is_file():  # the scores are those of the model before
-            for name in ("evaluation.json", "evaluation.gif"):
-                (home / "results" / "pretrained" / name).unlink(missing_ok=True)
-        tar.extractall(home / "results", filter="data")  # nothing outside of the folder, no links, no devices
+    try:
+        with tarfile.open(out / "results.tar.gz") as tar:
+            written = [home / "results" / name for name in tar.getnames()]  # a damaged parcel ends here
+            if (out / "model.safetensors").is_file():  # the scores are those of the model before
+                for name in ("evaluation.json", "evaluation.gif"):
+                    (home / "results" / "pretrained" / name).unlink(missing_ok=True)
+            tar.extractall(home / "results", filter="data")  # nothing outside of it, no links, no devices
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{out / 'results.tar.gz'} is damaged: {error}") from None
     for name, folder in (("model.safetensors", "pretrained"), ("samples.gif", "assets")):
         if (out / name).is_file():
             written.append(Path(shutil.copy(out / name, home / folder / name)))

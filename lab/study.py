@@ -65,7 +65,7 @@ from lab.reader import Reader, get_reader
 from lab.report import LOSS_ONLY, write_report
 from lab.tables import score_table
 from machine import pick_device, run_command
-from run import load_checkpoint, load_model, write_atomically
+from run import load_checkpoint, load_model, option_name, write_atomically
 from text_encoder import Prompts
 from train import parse_arguments, train
 from video import save_grid, to_uint8
@@ -293,7 +293,8 @@ def check_same(run: Path, arguments, free):
     begun = json.loads((run / "args.json").read_text())
     for name, value in asked.items():
         if name not in ("resume", *free) and value is not None and value != begun.get(name):
-            raise ValueError(f"{run} was begun with another --{name}: delete it, or choose another --runs")
+            other = option_name(name)
+            raise ValueError(f"{run} was begun with another {other}: delete it, or choose another --runs")
 
 
 def train_until(run: Path, arguments, steps, prompts_class):

@@ -849,11 +849,16 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, all_in_training):
 
 @pytest.mark.parametrize("fit", [True, False])
 def test_clips_of_the_cache_for_another_device(tmp_path, decoded, all_in_training, monkeypatch, fit):
-    """Those that fit are moved there, one by one. Of others a batch is read."""
+    """Those that fit are moved there, a few at a time. Of others a batch is read."""
     dataset = FolderDataset(scan(lay_out(tmp_path / "my", "a.gif", "b.gif", "c.gif", seconds=2)))
     monkeypatch.setattr(machine, "fits", lambda size, device: fit and size == 6 * 3 * 8 * 32**2)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which needs a GPU
+    monkeypatch.setattr(machine, "READ_AT_ONCE", 4)
+    read, read_some = [], clips.CachedClips.__getitem__
+    record = lambda self, rows: read.append(rows.tolist()) or read_some(self, rows)  # noqa: E731
+    monkeypatch.setattr(clips.CachedClips, "__getitem__", record)
     store = machine.RowStore(dataset.videos, torch.device("meta"))
+    assert read == ([[0, 1, 2, 3], [4, 5]] if fit else [])
     rows = torch.tensor([4, 0])
     assert store.take(rows, rows).shape == (2, 3, 8, 32, 32)
     if fit:

@@ -297,6 +297,7 @@ def test_an_evaluation_says_which_checkpoint_and_writes_beside_runs_only(
     assert written["arguments"]["count"] == 4 and set(written["scores"]["seen"]) >= set(evaluate.ATTRIBUTES)
     in_a_run = tmp_path / "runs" / "base"
     assert evaluate.output_path(in_a_run / "checkpoint") == in_a_run / "evaluation.json"
+    assert evaluate.output_path(in_a_run / "step_001500") == in_a_run / "evaluation-step_001500.json"
 
 
 def test_an_evaluation_is_repeatable_and_covers_all_sets(tmp_path, encoder_name):

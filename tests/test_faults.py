@@ -35,6 +35,7 @@ from conftest import (
     tiny_llm,
     word_tokenizer,
 )
+from grow import grow_llm
 from machine import cache_dir
 from run import load_model, save_model
 from start import find_data
@@ -504,7 +505,12 @@ def noise_of_a_sample(seed):
     return sample.initial_noise(seed, 0, (4,))
 
 
-@pytest.mark.parametrize("draw", [numbers_of_a_step, noise_of_a_sample])
+def weights_of_a_branch(seed):
+    """What --grow llm draws."""
+    return grow_llm(random_model(), 8, seed).llm_embed.up.weight
+
+
+@pytest.mark.parametrize("draw", [numbers_of_a_step, noise_of_a_sample, weights_of_a_branch])
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**64 - 2, 10**30, -1])
 def test_any_number_is_a_seed(seed, draw):
     """The same number gives the same noise, and the next number another one."""

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,9 +65,26 @@ def test_nothing_else_is_taken(parcelled, tmp_path):
         entry = tarfile.TarInfo("../outside.json")
         entry.size = 2
         tar.addfile(entry, io.BytesIO(b"{}"))
-    with pytest.raises(tarfile.TarError):
+    with pytest.raises(ValueError, match=r"is damaged: .*outside"):
         parcel.take(tmp_path, tmp_path / "home")
     assert not (tmp_path / "home" / "outside.json").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_half_a_parcel_is_refused_in_one_line(parcelled, tmp_path, share):
+    content = (parcelled[1] / "results.tar.gz").read_bytes()
+    (tmp_path / "results.tar.gz").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="is damaged"):
+        parcel.take(tmp_path, tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_parcel_stays_until_the_next_one_is_whole(parcelled, tmp_path, monkeypatch):
+    shutil.copytree(parcelled[1], tmp_path / "out")
+    before = (tmp_path / "out" / "results.tar.gz").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        parcel.pack(tmp_path / "out", tmp_path, [tmp_path / "no-run"])
+    assert (tmp_path / "out" / "results.tar.gz").read_bytes() == before
 
 
 def test_on_gpu_continues_from_nothing_that_was_stopped(tmp_path):

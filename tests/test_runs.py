@@ -54,6 +54,7 @@ from run import (
     load_checkpoint,
     load_model,
     newest_checkpoint,
+    option_name,
     save_checkpoint,
     save_model,
 )
@@ -357,7 +358,7 @@ def test_options_of_an_older_version_are_taken(tmp_path):
 def begin(folder, steps=None, minutes=None, state=BEGIN, resume=False):
     """A run that has begun."""
     run = Run(folder, resume).__enter__()
-    run.begin({"steps": steps, "minutes": minutes}, state)
+    run.begin({"steps": steps, "minutes": minutes, "decay": 0.3}, state)
     return run
 
 
@@ -412,12 +413,47 @@ def test_the_bar_counts_to_the_end(tmp_path):
 
 
 def test_how_long_a_resumed_run_is(tmp_path):
-    """What the minutes came to is kept, until other minutes or steps are wanted."""
+    """What the minutes came to is kept, until other minutes or steps are wanted. These must not be over."""
     state = {"step": 30, "seconds": 9.0, "total": 60, "minutes": 0.5}
     for steps, minutes, total in ((None, 0.5, 60), (None, 2, math.inf), (50, None, 50)):
         run = begin(tmp_path / f"{steps}-{minutes}", steps, minutes, state)
         assert run.total == total
         run.__exit__()
+
+
+def test_kept_weights_are_there_before_the_checkpoint(tmp_path, monkeypatch):
+    """A run that is killed between the two makes them again. The other way round it would not."""
+    written = []
+    record = lambda folder, checkpoint: written.append(folder.name)  # noqa: E731
+    monkeypatch.setattr(run_module, "save_checkpoint", record)
+    (tmp_path / "metrics.jsonl").touch()
+    Run(tmp_path).save(some_checkpoint(), keep=True)
+    assert written == ["step_000000", "checkpoint"]
+
+
+@pytest.mark.parametrize("name", ["base", "llm_features", "lr"])
+def test_options_are_named_as_they_are_given(name):
+    actions = train.make_parser()._actions
+    assert [action.dest for action in actions if option_name(name) in action.option_strings] == [name]
+
+
+def test_minutes_that_are_over(tmp_path):
+    """A run that has ended would else train for some steps on its plateau, and end there."""
+    state = {"step": 30, "seconds": 60.0, "total": 60, "minutes": 1}
+    with pytest.raises(ValueError, match=r"has 1\.0 minutes already: --minutes must be more"):
+        begin(tmp_path / "run", minutes=0.9, state=state)
+    begin(tmp_path / "other", minutes=1, state=state).__exit__()  # as before
+
+
+@pytest.mark.parametrize(
+    "step, steps, said", [(30, 90, ""), (50, 90, "jumps up"), (60, 60, ""), (60, 90, "jumps up")]
+)
+def test_a_longer_run_after_its_decay(tmp_path, capsys, step, steps, said):
+    """It is told that its learning rate jumps."""
+    state = {"step": step, "seconds": 9.0, "total": 60, "minutes": None}
+    begin(tmp_path / "run", steps=steps, state=state).__exit__()
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
 def test_a_loss_that_is_not_finite_is_found(tmp_path):
@@ -437,7 +473,10 @@ def test_one_process_trains_in_a_directory(tmp_path):
     with Run(tmp_path):
         pass
     (tmp_path / "checkpoint.old").mkdir()
-    with pytest.raises(ValueError, match="holds a run already: give --resume"), Run(tmp_path):
+    with pytest.raises(ValueError, match=r"holds a run already: give --from .*, and choose"), Run(tmp_path):
+        pass  # from grow.py
+    (tmp_path / "args.json").touch()
+    with pytest.raises(ValueError, match="holds a run already: give --resume, or choose"), Run(tmp_path):
         pass
     with Run(tmp_path, resume=True):
         pass
@@ -447,7 +486,7 @@ def test_one_process_that_is_asked_stops_all(tmp_path):
     """`agree` tells this process that another one was asked."""
     asked = iter([False, False, True])
     run = Run(tmp_path, agree=lambda mine: next(asked)).__enter__()
-    run.begin({"steps": 9, "minutes": None}, BEGIN)
+    run.begin({"steps": 9, "minutes": None, "decay": 0.3}, BEGIN)
     do_steps(run, range(9))
     assert run.step == 2 and run.stopped
     assert "stopped and saved at step 2 of 9" in run.summary()
@@ -459,7 +498,7 @@ def test_signals_act_as_before_after_the_first_one(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with Run(tmp_path) as run:
         assert signal.getsignal(signal.SIGTERM) == before  # nothing could be saved yet
-        run.begin({"steps": 9, "minutes": None}, BEGIN)
+        run.begin({"steps": 9, "minutes": None, "decay": 0.3}, BEGIN)
         assert signal.getsignal(signal.SIGTERM) != before
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.asked and signal.getsignal(signal.SIGTERM) == before

@@ -220,6 +220,7 @@ def test_learning_rate():
     assert rates[0] == 0.02 and rates[49] == 1.0 and rates[99] == rates[400] == rates[700] == 2.0
     assert rates[850] == pytest.approx(1.0) and rates[1000] == 0
     assert learning_rate(2.0, 49, 1000, 100, start=1.0) == 1.5  # from where the base stopped
+    assert learning_rate(2.0, 0, 1000, 100, start=9.0) == 2.0  # a lower rate is obeyed at once
     assert learning_rate(2.0, 999, 1000, 100, decay=0) == 2.0
     assert learning_rate(2.0, 999, math.inf, 100) == 2.0
     assert learning_rate(2.0, 75, 100, 10, decay=0.5) == pytest.approx(1.0)
@@ -449,6 +450,11 @@ def test_a_batch_suits_the_card(preset, batches, monkeypatch):
         needed = cost.memory_needed(model, batch, [32], torch.bfloat16, resident) / 2**30
         lie_there = "yes" if resident else "no"
         assert f"| {gib} GiB | `{preset}` | {batch} | {needed:.1f} GiB | {lie_there} |" in table
+
+
+def test_unequal_cards_take_the_batch_of_the_smallest(monkeypatch):
+    monkeypatch.setattr(start.parallel, "agree", lambda number: max(number, -4))  # another one took 4
+    assert batch_for(80, "small", monkeypatch) == 4 and batch_for(8, "base", monkeypatch) == 1
 
 
 def test_a_card_says_what_it_has_chosen(monkeypatch, capsys):
@@ -718,6 +724,25 @@ def test_the_help_tells_the_defaults():
 def test_a_run_is_named_after_its_base(tmp_path, monkeypatch, line, out):
     monkeypatch.chdir(tmp_path)
     assert parse_arguments(line.split()).out == out.format(here=tmp_path.name)
+
+
+def test_a_start_knows_the_rate_of_its_base(encoder_name, base):
+    """So a checkpoint that is saved before the first step says it, and a plateau goes on from there."""
+    tr = set_up(parse_arguments(brief("unused", encoder_name, f"--from {base}")))
+    assert tr.lr.item() == pytest.approx(load_checkpoint(base).trainer_state["lr"]) and tr.lr > 0
+
+
+def test_the_toy_world_has_its_own_frame_rate(tmp_path, encoder_name, base):
+    """Not that of the clips that the base learned."""
+    checkpoint = load_checkpoint(base)
+    metadata = checkpoint.metadata | {"fps": 24}
+    save_checkpoint(tmp_path / "checkpoint", checkpoint._replace(metadata=metadata))
+    tr = set_up(parse_arguments(brief("unused", encoder_name, f"--from {tmp_path}")))
+    assert tr.metadata["fps"] == 8
+
+
+def test_a_new_model_takes_any_number_as_its_seed(encoder_name):
+    set_up_training(encoder_name, f"--seed {10**30}")
 
 
 def test_growth_needs_no_run(tmp_path, monkeypatch):
