@@ -192,10 +192,11 @@ def neighbour_similarity(features) -> float:
 @torch.no_grad()
 def temporal_consistency(reader, videos, scenes) -> dict[str, float]:
     """VBench's measures of time (arXiv 2311.17982, section 3.2) on clips of one actor (B, 3, T, H, W) in
-    [-1, 1], T > 2. "subject consistency" and "background consistency": how alike the features of the subject
+    [-1, 1], T > 1. "subject consistency" and "background consistency": how alike the features of the subject
     and of the picture stay. "flicker": one minus the mean absolute difference of neighbouring frames, of
     clips that should stand still. "smoothness": the same for every second frame and the mean of its
-    neighbours. The range of the pixels is 1. "dynamic": the share of clips in which something moves."""
+    neighbours, if T > 2. The range of the pixels is 1. "dynamic": the share of clips in which something
+    moves."""
     B, _, T, _, _ = videos.shape
     frames = videos.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, 3, 1, H, W)
     subjects, pictures = [], []
@@ -209,14 +210,15 @@ def temporal_consistency(reader, videos, scenes) -> dict[str, float]:
     subjects = torch.cat(subjects).unflatten(0, (B, T))[rows, :, kind]  # (B, T, C)
     pictures = torch.cat(pictures).unflatten(0, (B, T))  # (B, T, C)
     pixels = videos.float().clamp(-1, 1) / 2
-    between = (pixels[:, :, :-2:2] + pixels[:, :, 2::2]) / 2
     moves = pred["motion"][rows, kind].argmax(-1) != MOTIONS.index("still")
     scores = {
         "subject consistency": neighbour_similarity(subjects),
         "background consistency": neighbour_similarity(pictures),
-        "smoothness": 1 - (pixels[:, :, 1:-1:2] - between).abs().mean().item(),
         "dynamic": share(moves),
     }
+    if T > 2:
+        between = (pixels[:, :, :-2:2] + pixels[:, :, 2::2]) / 2
+        scores["smoothness"] = 1 - (pixels[:, :, 1:-1:2] - between).abs().mean().item()
     still = [i for i, scene in enumerate(scenes) if scene.actors[0].motion == "still"]
     if still:
         scores["flicker"] = 1 - pixels[still].diff(dim=2).abs().mean().item()

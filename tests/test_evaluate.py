@@ -2,6 +2,7 @@
 measures of time against their formulas, and the shipped reader against known numbers."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -176,6 +177,8 @@ def test_temporal_consistency_against_its_formulas(monkeypatch):
     scores = evaluate.temporal_consistency(judge, still, scenes)
     del scores["dynamic"]
     assert list(scores.values()) == pytest.approx([1] * 4, abs=1e-6)
+    short = evaluate.temporal_consistency(judge, still[:, :, :2], scenes)
+    assert "smoothness" not in short and all(map(math.isfinite, short.values()))
     videos = torch.rand(3, 3, 7, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     motion = torch.zeros(3, 8, 8)
     motion[0, :, MOTIONS.index("still")] = motion[1:, :, MOTIONS.index("left")] = 1
