@@ -112,6 +112,11 @@ def foreign(path: Path) -> str:
     return ""
 
 
+def runs_folder(quick: bool) -> str:
+    """Where runs without --out go. Those of --quick learn nothing: they stay out of the way of real ones."""
+    return "runs/quick" if quick else "runs"
+
+
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
     """The checkpoint that was written last in any run right below `root` (--quick runs lie deeper); else the
     included model. Raises FileNotFoundError if there is neither."""

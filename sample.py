@@ -28,7 +28,7 @@ from dit import check_shape, set_attention
 from flow import GUIDANCE, GUIDANCE_INTERVAL, STEPS, solve
 from machine import autocast, decode_text, pick_device, pick_precision, run_command
 from recaption import recaption
-from run import load_model, newest_checkpoint
+from run import load_model, newest_checkpoint, runs_folder
 from text_encoder import NULL_PROMPT, LanguageModel, Prompts, encoders_of
 from video import to_uint8, write_video
 
@@ -151,7 +151,7 @@ def newest_model() -> Path:
     """The newest checkpoint. Prints a note about newer --quick runs, which are passed over."""
     chosen = newest_checkpoint()
     time_of_chosen = (chosen / "model.safetensors").stat().st_mtime
-    for file in Path("runs/quick").glob("*/checkpoint/model.safetensors"):
+    for file in Path(runs_folder(quick=True)).glob("*/checkpoint/model.safetensors"):
         run = file.parents[1]
         if file.stat().st_mtime > time_of_chosen:
             print(f"note: {run} was made with --quick and is passed over; use --from {run}")

@@ -37,7 +37,7 @@ from dit import PRESETS
 from flow import flow_loss, logit_normal, shift_of
 from grow import WHERE, ZEROS
 from machine import PRECISIONS, GraphedStep, autocast, run_command, to_device
-from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, option_name, read_options
+from run import LOG_EVERY, PRETRAINED, Diverged, Run, find_checkpoint, option_name, read_options, runs_folder
 from start import TEXT_DROPOUT, Training, check_data_options, check_numbers, find_data, set_up
 from text_encoder import LLM_LAYERS, Prompts
 from validate import compare_with_base, save, say_what_to_expect, validate_and_save
@@ -139,11 +139,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     fill_defaults(given, defaults)
     check_numbers(given)
     return given
-
-
-def runs_folder(quick: bool) -> str:
-    """Where runs without --out go. Those of --quick learn nothing: they stay out of the way of real ones."""
-    return "runs/quick" if quick else "runs"
 
 
 def default_base(quick: bool) -> str:
