@@ -393,7 +393,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure speed; writes tables as Markdown, numbers as JSON.")
     add = parser.add_argument
     add("part", choices=(*PARTS, "gpu"), help="what to measure")
-    add("--repeats", type=int, default=20, help="turns of each side (20)")
+    add("--repeats", type=int, help="turns of each side (20; gpu: 8)")
     add("--count", type=int, default=200, help="prompts that sample scores (200)")
     add("--checkpoint", help="run or checkpoint for sample (the newest run, else pretrained/)")
     add("--minutes", type=float, default=5.0, help="that gpu may take (5)")
@@ -403,6 +403,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else None
+    if args.repeats is None:
+        args.repeats = 8 if args.part == "gpu" else 20
     if args.repeats < 1 or args.count < 1:
         raise ValueError("--repeats and --count must be at least 1")
     repeats, count = (1, 2) if args.quick else (args.repeats, args.count)

@@ -3,13 +3,13 @@
 Sections run one after the other. One that fails says so, and the others continue. One that would begin after
 the time is over is skipped.
 
+    values           of the kernel and of sdpa, and their gradients, against float64
     attention        the kernel against sdpa and each of its backends
     steps            a training step of every preset, eager and compiled, beside the peers
     train.py         its own clips/s against the bare step, and the seconds to its first step, after imports
     whole run        `python train.py` with its defaults, from an empty cache to the end
 
-With --quick the same runs with tiny sizes, also on a CPU. Left out: values of the attention kernel, which
-`pytest tests/test_attention.py` compares with float64 on a GPU; several GPUs; power; profiles.
+With --quick the same runs with tiny sizes, also on a CPU. Left out: several GPUs; power; profiles.
 """
 
 import json
@@ -22,14 +22,55 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from attention import attention
 from dit import PRESETS
-from lab.bench import QUICK, alternate, bench_attention, bench_train, our_model, training_step
+from lab.bench import (
+    QUICK,
+    QUICK_SHAPES,
+    alternate,
+    attention_inputs,
+    bench_attention,
+    bench_train,
+    our_model,
+    training_step,
+)  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHES = ("MODELGROW_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 QUICK_OPTIONS = "--quick --clips 16 --batch 2 --steps 10"
 SMALL_OPTIONS = "--preset small --data both --clips 8192 --batch 32 --steps 300 --every 1000"
+VALUE_SHAPES = {  # with whole tiles, with cut ones, and with masked keys
+    "even": (2, 4, 256, 256, 64),
+    "odd": (2, 4, 200, 200, 128),
+    "text": (4, 4, 128, 77, 32),
+}
+WORST = 2e-2  # relative error of values and gradients in types of 16 bits; sdpa's is some 3e-3
+
+
+def values_and_gradients(inputs, backend):
+    """q, k, v and a mask -> the output of attention, and the gradients of q, k and v, where q stands in for
+    the gradient of the output: it is random."""
+    out = attention(*inputs, backend)
+    return out.detach(), *torch.autograd.grad(out, inputs[:3], inputs[0].detach())
+
+
+def kernel_values(bench) -> list[dict]:
+    """The relative errors of the kernel and of sdpa. Raises ArithmeticError if one is too large."""
+    rows = []
+    for name, shape in (QUICK_SHAPES if bench.quick else VALUE_SHAPES).items():
+        *tensors, mask = attention_inputs(shape, bench)
+        doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        truth = values_and_gradients((*doubles, mask), "eager")
+        for backend in ("sdpa", "triton" if bench.gpu else "eager"):
+            found = values_and_gradients((*tensors, mask), backend)
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+            if not max(errors) < WORST:  # nan too
+                raise ArithmeticError(f"{backend}, {name}: relative errors {errors} against float64")
+            row = {"B x heads x N x L x d": f"{name}: {' x '.join(map(str, shape))}", "backend": backend}
+            rows.append(row | {"error of values": errors[0], "error of gradients": max(errors[1:])})
+    return rows
 
 
 def run_train(bench, options: str) -> dict:
@@ -79,6 +120,7 @@ def whole_run(bench) -> list[dict]:
 
 
 SECTIONS = {
+    "values": kernel_values,
     "attention": bench_attention,
     "steps": bench_train,
     "train.py": train_speed,

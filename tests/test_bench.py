@@ -133,6 +133,20 @@ def test_sections_end_when_the_time_is_over(monkeypatch):
     assert "skipped, because 3 minutes are over" in results["three"][0]["failed"]
 
 
+def test_values_are_compared_with_float64(monkeypatch):
+    """Errors of float32 are small. A wrong scale is found."""
+    rows = bench_gpu.kernel_values(HERE)
+    assert len(rows) == 2 * len(bench.QUICK_SHAPES)
+    assert all(0 < row[f"error of {what}"] < 1e-5 for row in rows for what in ("values", "gradients"))
+
+    def wrong(q, k, v, mask, backend):
+        return bench.attention(q if backend == "eager" else 1.2 * q, k, v, mask, backend)
+
+    monkeypatch.setattr(bench_gpu, "attention", wrong)
+    with pytest.raises(ArithmeticError, match="sdpa, self: relative errors"):
+        bench_gpu.kernel_values(HERE)
+
+
 def test_a_train_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="no growth is called 'nothing'"):
         bench_gpu.run_train(HERE, "--quick --grow nothing")
