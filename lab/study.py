@@ -140,7 +140,7 @@ LONGER = {
     "never grown": Arm("_small 50 %", PLATEAU + FAR),
 }
 
-# For a GPU. All arms spend four times the FLOPs of the base more.
+# For a GPU. All arms spend twice the FLOPs of the base more.
 PRESET = "--batch 64 --every 100000 --preset tiny --data basic --decay 0 --flops 1.7e14"
 FURTHER = "--batch 64 --every 100000 --data rich --captions both --clips 32768 --flops "
 KINDS = {  # of further training: options
@@ -153,7 +153,7 @@ KINDS = {  # of further training: options
 TABLE = {"base": Arm(None, PRESET)}
 RATES = {"base": Arm(None, PRESET)}
 for kind, how in KINDS.items():
-    TABLE[kind] = Arm("base", FURTHER + "8.5e14 " + how)
+    TABLE[kind] = Arm("base", FURTHER + "5.1e14 " + how)
 for kind in ("dense continuation", "lora", "expansion"):
     for rate in (1.5e-3, 3e-3, 6e-3):  # at width 128; the base has 3e-3
         RATES[f"{kind}, {rate:g}"] = Arm("base", f"{FURTHER}3.7e14 {KINDS[kind]}--lr {rate:g}")
