@@ -5,9 +5,9 @@ the time is over is skipped.
 
     values           of the kernel and of sdpa, and their gradients, against float64
     attention        the kernel against sdpa and each of its backends
-    steps            a training step of every preset, eager and compiled, beside the peers
     train.py         its own clips/s against the bare step, and the seconds to its first step, after imports
     whole run        `python train.py` with its defaults, from an empty cache to the end
+    steps            a training step of every preset, eager and compiled, beside the peers
 
 With --quick the same runs with tiny sizes, also on a CPU. Left out: several GPUs; power; profiles.
 """
@@ -122,23 +122,22 @@ def whole_run(bench) -> list[dict]:
 SECTIONS = {
     "values": kernel_values,
     "attention": bench_attention,
-    "steps": bench_train,
     "train.py": train_speed,
     "whole run": whole_run,
+    "steps": bench_train,
 }
 
 
-def run_sections(sections, bench) -> dict[str, list[dict]]:
-    """All sections, one after the other -> {name: rows}; of one that failed the row says why."""
+def run_sections(sections, bench):
+    """All sections, one after the other. Yields (name, rows) of each; of one that failed the row says why."""
     begin = time.perf_counter()
-    results = {}
     for name, section in sections.items():
         left = bench.minutes - (time.perf_counter() - begin) / 60
         try:
             if left <= 0:
                 raise TimeoutError(f"skipped, because {bench.minutes:g} minutes are over")
-            results[name] = section(replace(bench, minutes=left))
+            rows = section(replace(bench, minutes=left))
         except Exception as error:  # whatever it is, the other sections still run
-            results[name] = [{"failed": f"{type(error).__name__}: {error}"}]
+            rows = [{"failed": f"{type(error).__name__}: {error}"}]
         print(f"{name}: {time.perf_counter() - begin:.0f} s since the start")
-    return results
+        yield name, rows

@@ -113,7 +113,7 @@ def test_a_section_that_fails_does_not_stop_the_others():
     def fails(bench):
         raise RuntimeError("no such kernel")
 
-    results = bench_gpu.run_sections({"first": fails, "second": works}, HERE)
+    results = dict(bench_gpu.run_sections({"first": fails, "second": works}, HERE))
     assert results == {"first": [{"failed": "RuntimeError: no such kernel"}], "second": [{"number": 1}]}
 
 
@@ -128,7 +128,7 @@ def test_sections_end_when_the_time_is_over(monkeypatch):
         return []
 
     sections = {"one": slow, "two": slow, "three": slow}
-    results = bench_gpu.run_sections(sections, replace(HERE, minutes=3))
+    results = dict(bench_gpu.run_sections(sections, replace(HERE, minutes=3)))
     assert left == pytest.approx([3, 3 - 100 / 60]) and results["two"] == []
     assert "skipped, because 3 minutes are over" in results["three"][0]["failed"]
 
