@@ -7,8 +7,8 @@
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
 #                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
-#   rates, table the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM
-#                (the table with --table: put the best rates into lab/study.py first)
+#   gpu-rates    the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM
+#   gpu-table    (with --table: put the best rates of gpu-rates into lab/study.py first)
 #   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
@@ -81,8 +81,8 @@ if [[ ! -f $results/actors/pretrained.json ]]; then
     python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $runs
     mv $runs/actors/pretrained.json $results/actors/ # with all its points
 fi
-parts=("rates --seeds 0" scale)
-[[ $table ]] && parts=("rates --seeds 0" table scale)
+parts=("gpu-rates --seeds 0" scale)
+[[ $table ]] && parts=("gpu-rates --seeds 0" gpu-table scale)
 for part in "${parts[@]}"; do
     pack
     (($(left 60) > 0)) || break

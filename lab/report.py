@@ -36,7 +36,8 @@ from lab.verdicts import (
 )
 from lab.window import scale_claims, scale_section
 
-LOSS_ONLY = ("timing", "longer", "rates")  # parts that compare the loss on the way and sample nothing
+RATES = ("rates", "gpu-rates")
+LOSS_ONLY = ("timing", "longer", *RATES)  # parts that compare the loss on the way and sample nothing
 NOT_COVERED = (
     "VBench's aesthetic and imaging quality, styles, human action and overall consistency, and"
     " T2V-CompBench's object interactions"
@@ -193,20 +194,20 @@ def longer_section(found, results: Path) -> list[str]:
     return [LONGER, timing_table(found, "never grown"), "![Longer](longer.png)", provenance(found)]
 
 
-def rates_section(found) -> list[str]:
+def rates_section(found, where="") -> list[str]:
     """The last loss of each kind of further training, by learning rate."""
     rows = []
     for arm, by_seed in found.items():
         if arm != "base":  # it learns other clips
             rows.append([arm, spread([measure(result, "last") for result in by_seed.values()], 4)])
     table = markdown_table(["kind, rate at width 128", "loss on rich"], rows)
-    return ["## Learning rates", table, provenance(found)]
+    return [f"## Learning rates{where}", table, provenance(found)]
 
 
-def table_section(found) -> list[str]:
+def table_section(found, where="") -> list[str]:
     """The paper's table."""
     scores = score_tables(found, "dense continuation")
-    return ["## The paper's table", *claims(found), *scores, provenance(found)]
+    return [f"## The paper's table{where}", *claims(found), *scores, provenance(found)]
 
 
 def language_section(found) -> list[str]:
@@ -348,6 +349,7 @@ def heading(results, found, parts, scales) -> list[str]:
     judged = [*judge(found["growth"]), *judge(found["table"]), *judge(found["language"])]
     of_budgets = [row for scale in scales for row in scale_claims(scale)]
     rows = [*budget_claims(found), *of_budgets, *([j.claim, j.verdict] for j in judged)]
+    rows += [[f"On a GPU: {j.claim}", j.verdict] for j in judge(found["gpu-table"])]
     text = []
     if of_budgets:
         text.append("![Growing pays above zero, over the budget](scale-gain.png)")
@@ -357,7 +359,7 @@ def heading(results, found, parts, scales) -> list[str]:
         text.append(markdown_table(["claim", "verdict"], rows))
     seeds = sorted({result["seed"] for result in results})
     spread_over = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
-    begun = [part for part in parts if found[part] and part != "rates"]  # rates needs one seed
+    begun = [part for part in parts if found[part] and part not in RATES]  # they need one seed
     wanted = 3 * sum(not arm.startswith("_") for part in begun for arm in parts[part])
     there = sum(len(by_seed) for part in begun for by_seed in found[part].values())
     if there < wanted:
@@ -388,10 +390,11 @@ def write_report(folder: Path, parts) -> str:
         text += timing_section(found["timing"], growth["large from scratch"], folder)
     if found["longer"]:
         text += longer_section(found["longer"], folder)
-    if found["rates"]:
-        text += rates_section(found["rates"])
-    if found["table"]:
-        text += table_section(found["table"])
+    for prefix, where in (("", ""), ("gpu-", " on a GPU")):
+        if found[f"{prefix}rates"]:
+            text += rates_section(found[f"{prefix}rates"], where)
+        if found[f"{prefix}table"]:
+            text += table_section(found[f"{prefix}table"], where)
     text += scale
     if blocks:
         text += blocks_section(blocks, folder)

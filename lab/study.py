@@ -1,8 +1,8 @@
 """The study: the claims of the paper, tested at a scale that a laptop can afford. `python -m lab.study`
 
 ModelGrow (arXiv 2412.18966) compares a base model, LoRA, a model with twice the blocks (expansion), and
-expansion with a language model. This study has six parts. In most of them the arms of a seed continue from
-one base:
+expansion with a language model. This study asks five questions. In most of them the arms of a seed continue
+from one base:
 
 **language** - does a language model help? Every arm continues for as many steps on the same clips and
 captions in the same order, with or without a branch that reads the hidden states of an LLM. Half of the
@@ -21,16 +21,17 @@ are then grown to the size of *large from scratch*. How soon do they reach its f
 **longer** - with four times that budget, nearer to the limit of the small model, is it better to grow it than
 to continue?
 
-**rates, table** - the paper's table, for a GPU. The base has the preset, data and FLOPs of `python train.py`,
-with batches of 64 and no decay. It is trained further on `rich`, with short and detailed captions: by LoRA,
-and by dense continuation and expansion, with and without an LLM. All spend the same FLOPs and decay at the
-end. Part rates finds the learning rates without an LLM first, on one seed.
+**rates, table** - the paper's table. A base that knows `basic` is trained further on `rich`, with short and
+detailed captions: by LoRA, and by dense continuation and expansion, with and without an LLM. All spend the
+same FLOPs and decay at the end. Part rates finds the learning rates without an LLM first, on one seed.
+**gpu-rates, gpu-table** - the same for a GPU: the base has the preset, data and FLOPs of `python train.py`.
 
 **FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
 encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
 not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
 learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the
-averaged weights (EMA) are judged. In parts language, rates and table only ends are compared: there it decays.
+averaged weights (EMA) are judged. In part language and in the paper's table only ends are compared: there it
+decays.
 
 **What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
 those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
@@ -140,26 +141,45 @@ LONGER = {
     "never grown": Arm("_small 50 %", PLATEAU + FAR),
 }
 
-# For a GPU. All arms spend twice the FLOPs of the base more.
-PRESET = "--batch 64 --every 100000 --preset tiny --data basic --decay 0 --flops 1.7e14"
-FURTHER = "--batch 64 --every 100000 --data rich --captions both --clips 32768 --flops "
-KINDS = {  # of further training: options
+# The paper's table: KINDS of further training, and the learning rates that are tried for them first.
+KINDS = {  # options of train.py
     "dense continuation": "",
-    "lora": "--tune lora ",
-    "expansion": "--grow depth ",
-    "dense continuation + llm": "--grow llm ",
-    "expansion + llm": "--grow depth,llm ",
+    "lora": "--tune lora",
+    "expansion": "--grow depth",
+    "dense continuation + llm": "--grow llm",
+    "expansion + llm": "--grow depth,llm",
 }
-TABLE = {"base": Arm(None, PRESET)}
-RATES = {"base": Arm(None, PRESET)}
-for kind, how in KINDS.items():
-    TABLE[kind] = Arm("base", FURTHER + "5.1e14 " + how)
-for kind in ("dense continuation", "lora", "expansion"):
-    for rate in (1.5e-3, 3e-3, 6e-3):  # at width 128; the base has 3e-3
-        RATES[f"{kind}, {rate:g}"] = Arm("base", f"{FURTHER}3.7e14 {KINDS[kind]}--lr {rate:g}")
+TRIED = (1.5e-3, 3e-3, 6e-3)  # at width 128; the base has 3e-3
+
+
+def paper_parts(base, further, flops, best) -> tuple[dict[str, Arm], dict[str, Arm]]:
+    """Parts rates and table. base, further: options of train.py; flops: of the base, and those of its own
+    included, of the arms of each part; best: {kind: learning rate} for the table."""
+    rates = {"base": Arm(None, f"{base} --decay 0 --every 100000 --flops {flops[0]:g}")}
+    table = dict(rates)
+    for kind, how in KINDS.items():
+        options = f"{further} {how} --every 100000 --lr"
+        table[kind] = Arm("base", f"{options} {best[kind.removesuffix(' + llm')]:g} --flops {flops[2]:g}")
+        for rate in TRIED if "llm" not in kind else ():
+            rates[f"{kind}, {rate:g}"] = Arm("base", f"{options} {rate:g} --flops {flops[1]:g}")
+    return rates, table
+
+
+RATES, TABLE = paper_parts(
+    base="--preset nano --data basic --batch 16 --ema 0.99",
+    further="--data rich --captions both --batch 16 --ema 0.99",
+    flops=(1.2e13, 1.95e13, 2.7e13),
+    best={"dense continuation": 3e-3, "lora": 3e-3, "expansion": 3e-3},
+)
+GPU_RATES, GPU_TABLE = paper_parts(
+    base="--preset tiny --data basic --batch 64",
+    further="--data rich --captions both --batch 64 --clips 32768",
+    flops=(1.7e14, 3.7e14, 5.1e14),
+    best={"dense continuation": 3e-3, "lora": 3e-3, "expansion": 3e-3},
+)
 
 PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
-PARTS |= {"rates": RATES, "table": TABLE}
+PARTS |= {"rates": RATES, "table": TABLE, "gpu-rates": GPU_RATES, "gpu-table": GPU_TABLE}
 ON_CPU = ("language", "growth", "timing", "longer")  # what `python -m lab.study` runs
 
 SOLVER_STEPS = 6  # of scored clips; more of them did not change the scores
@@ -399,7 +419,7 @@ def make_parser():
     )
     arms = "; ".join(f"{part} ({', '.join(PARTS[part])})" for part in PARTS).replace("%", "%%")
     add = parser.add_argument
-    add("--parts", nargs="+", default=ON_CPU, choices=PARTS, help="questions (all but rates and table)")
+    add("--parts", nargs="+", default=ON_CPU, choices=PARTS, help="questions (the first four)")
     add("--arms", nargs="+", metavar="ARM", help=f"of: {arms} (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--minutes", type=float, default=math.inf, help="begin no arm after that; call again to continue")
