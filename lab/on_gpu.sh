@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # The evidence that needs a GPU, the most valuable first:
 #
-#     bash lab/on_gpu.sh OUT [--minutes 9] [--table] [--quick]
+#     bash lab/on_gpu.sh OUT [--minutes 9] [--quick]
 #
+#   gpu-rates    learning rates for the paper's table
+#   gpu-table    the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM; three
+#                seeds. Arms train side by side: one alone does not fill a GPU
+#   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, and learning rates for it
 #   pretrained   the included model: `tiny` learns both sets of the toy world on small clips, where a step
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
 #                model, and continues for the time that is left; with scores
 #   actors       when prompts of one, two and three actors are learned, from the weights on the way
-#   gpu-rates    the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM
-#   gpu-table    (with --table: put the best rates of gpu-rates into lab/study.py first)
-#   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, as far as time goes
 #
 # What results/ has already is not made again, so the script continues on the next machine. It leaves a parcel
 # in OUT (lab/parcel.py), also if it is stopped; `python -m lab.study --take OUT` puts it into its places. With
 # --quick everything runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
 set -euo pipefail
 trap 'exit 130' INT TERM # a training that is stopped saves and ends well: nothing may continue from it
-out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--table] [--quick]}
-minutes=9 table= quick=
+out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]}
+minutes=9 quick=
 shift
 while (($#)); do
     case $1 in
     --minutes) minutes=$2 && shift ;;
-    --table) table=yes ;;
-    --quick) quick=yes table=yes ;;
+    --quick) quick=yes ;;
     *) echo "error: no option is called $1" >&2 && exit 2 ;;
     esac
     shift
@@ -32,20 +32,49 @@ limit=$(python -c "print(int($minutes * 60))")
 left() { echo $((limit - SECONDS - $1)); } # seconds, less some that are needed afterwards
 in_minutes() { python -c "print($1 / 60)"; }
 
-runs=runs/gpu results=results
+runs=runs/gpu results=results at_once=5
+rates=() bases=() table=() # seeds and arms
+for kind in lora "dense continuation" expansion; do
+    rates+=(0 "$kind, 0.0015" 0 "$kind, 0.003" 0 "$kind, 0.006")
+done
+for seed in 0 1 2; do bases+=($seed base); done
+for kind in lora "dense continuation" expansion "expansion + llm" "dense continuation + llm"; do
+    for seed in 0 1 2; do table+=($seed "$kind"); done
+done
 data="--data both --words varied --clips 32768"
 base="$data --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
 larger="--patch 2 --frames 16 --width 2"
 grown="$data --batch 64 --every 3000 --keep --grow llm"
-actors="--count 100" scores="--count 200" study= scale="--budgets 4 16 --clips 98304 --batch 64"
+actors="--count 100" scores="--count 200" study= scale="--clips 98304 --batch 64" budgets="--budgets 4 16"
 if [[ $quick ]]; then
-    runs=$out/runs results=$out/results
+    runs=$out/runs results=$out/results rates=(0 "lora, 0.003") bases=(0 base) table=(0 lora)
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
     larger="--patch 2 --frames 8 --width 2"
     grown="$data --every 2 --keep --grow llm"
-    actors="--count 4" scores="--count 4 --steps 1" study="--quick --arms base" scale="--quick --budgets 1 --seeds 0"
+    actors="--count 4" scores="--count 4 --steps 1" study="--quick" scale="--quick" budgets="--budgets 1 --seeds 0"
 fi
+
+pack() { # leaves in OUT what is there so far
+    local trained=()
+    [[ -f $runs/pretrained/trained ]] && trained=($runs/pretrained-base $runs/pretrained)
+    python -m lab.parcel $out ${trained[@]+"${trained[@]}"} --results $results
+}
+trap pack EXIT
+
+side_by_side() { # PART SEED ARM [SEED ARM ...]: trains and scores arms of the study, if there is time
+    pack
+    (($(left 60) > 0)) || return 0
+    local command="python -m lab.study $study --parts $1 --minutes $(in_minutes $(left 60))"
+    command+=" --runs $runs/study --results $results"
+    printf '%s\n' "${@:2}" | xargs -d '\n' -n 2 -P $at_once sh -c "$command --seeds \$0 --arms \"\$1\""
+}
+
+window() { # OPTIONS: trains arms of the window of growth, if there is time
+    pack
+    (($(left 60) > 0)) || return 0
+    python -m lab.scale $scale "$@" --minutes $(in_minutes $(left 60)) --runs $runs/scale --out $results/scale-on-a-gpu
+}
 
 run() { # trains the run $1 with options $2, or what is left of it
     if [[ -d $runs/$1/checkpoint ]]; then
@@ -55,13 +84,12 @@ run() { # trains the run $1 with options $2, or what is left of it
     fi
 }
 
-pack() { # leaves in OUT what is there so far
-    local trained=()
-    [[ -f $runs/pretrained/trained ]] && trained=($runs/pretrained-base $runs/pretrained)
-    python -m lab.parcel $out ${trained[@]+"${trained[@]}"} --results $results
-}
-trap pack EXIT
-
+side_by_side gpu-rates 0 base
+side_by_side gpu-rates "${rates[@]}"
+side_by_side gpu-table "${bases[@]}"
+side_by_side gpu-table "${table[@]}"
+[[ $quick ]] || window --tune --budgets 4
+window $budgets
 if [[ ! -f $results/actors/pretrained.json ]]; then
     if [[ ! -d $runs/pretrained ]]; then
         run pretrained-base "$base"
@@ -81,15 +109,3 @@ if [[ ! -f $results/actors/pretrained.json ]]; then
     python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $runs
     mv $runs/actors/pretrained.json $results/actors/ # with all its points
 fi
-parts=("gpu-rates --seeds 0" scale)
-[[ $table ]] && parts=("gpu-rates --seeds 0" gpu-table scale)
-for part in "${parts[@]}"; do
-    pack
-    (($(left 60) > 0)) || break
-    for_minutes="--minutes $(in_minutes $(left 60)) --runs $runs/study"
-    if [[ $part == scale ]]; then
-        python -m lab.scale $scale $for_minutes --out $results/scale-on-a-gpu
-    else
-        python -m lab.study $study $for_minutes --parts $part --results $results
-    fi
-done

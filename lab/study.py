@@ -65,6 +65,7 @@ from lab.parcel import take
 from lab.reader import Reader, get_reader
 from lab.report import LOSS_ONLY, write_report
 from lab.tables import score_table
+from lab.verdicts import measure
 from machine import pick_device, run_command
 from run import load_checkpoint, load_model, option_name, write_atomically
 from text_encoder import Prompts
@@ -150,18 +151,20 @@ KINDS = {  # options of train.py
     "expansion + llm": "--grow depth,llm",
 }
 TRIED = (1.5e-3, 3e-3, 6e-3)  # at width 128; the base has 3e-3
+RATES_OF = {"table": "rates", "gpu-table": "gpu-rates"}  # where the learning rates of a part were found
+RATES_SEED = 0
 
 
-def paper_parts(base, further, flops, best) -> tuple[dict[str, Arm], dict[str, Arm]]:
-    """Parts rates and table. base, further: options of train.py; flops: of the base, and those of its own
-    included, of the arms of each part; best: {kind: learning rate} for the table."""
+def paper_parts(base, further, flops) -> tuple[dict[str, Arm], dict[str, Arm]]:
+    """Parts rates and table. base, further: options of train.py; flops: of the base, and those of the arms of
+    each part, the base's included. The table's learning rates are added by `arguments_of`."""
     rates = {"base": Arm(None, f"{base} --decay 0 --every 100000 --flops {flops[0]:g}")}
     table = dict(rates)
     for kind, how in KINDS.items():
-        options = f"{further} {how} --every 100000 --lr"
-        table[kind] = Arm("base", f"{options} {best[kind.removesuffix(' + llm')]:g} --flops {flops[2]:g}")
+        options = f"{further} {how} --every 100000"
+        table[kind] = Arm("base", f"{options} --flops {flops[2]:g}")
         for rate in TRIED if "llm" not in kind else ():
-            rates[f"{kind}, {rate:g}"] = Arm("base", f"{options} {rate:g} --flops {flops[1]:g}")
+            rates[f"{kind}, {rate:g}"] = Arm("base", f"{options} --lr {rate:g} --flops {flops[1]:g}")
     return rates, table
 
 
@@ -169,13 +172,11 @@ RATES, TABLE = paper_parts(
     base="--preset nano --data basic --batch 16 --ema 0.99",
     further="--data rich --captions both --batch 16 --ema 0.99",
     flops=(1.2e13, 1.95e13, 2.7e13),
-    best={"dense continuation": 3e-3, "lora": 3e-3, "expansion": 3e-3},
 )
 GPU_RATES, GPU_TABLE = paper_parts(
     base="--preset tiny --data basic --batch 64",
     further="--data rich --captions both --batch 64 --clips 32768",
     flops=(1.7e14, 3.7e14, 5.1e14),
-    best={"dense continuation": 3e-3, "lora": 3e-3, "expansion": 3e-3},
 )
 
 PARTS = {"language": LANGUAGE, "growth": GROWTH, "timing": TIMING, "longer": LONGER}
@@ -287,6 +288,33 @@ def arm_arguments(part, arm, seed, quick=False) -> list[str]:
     return [*options.split(), "--seed", str(seed)]
 
 
+def result_file(study: Study, part, arm, seed) -> Path:
+    """Where the result of an arm is."""
+    path = arm_path(study.results, part, arm, seed)
+    return path.with_name(path.name + ".json")
+
+
+def best_rate(study: Study, part, arm) -> float:
+    """The learning rate for an arm of the paper's table: of those tried for its kind without an LLM, the one
+    with the lowest last loss. Raises FileNotFoundError if they were not tried."""
+    kind = arm.removesuffix(" + llm")
+    losses = {}
+    for rate in TRIED:
+        file = result_file(study, RATES_OF[part], f"{kind}, {rate:g}", RATES_SEED)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there: first run --parts {RATES_OF[part]} --seeds 0")
+        losses[rate] = measure(json.loads(file.read_text()), "last")
+    return min(losses, key=losses.get)
+
+
+def arguments_of(study: Study, part, arm, seed) -> list[str]:
+    """The arguments of an arm, without folders, with its learning rate."""
+    arguments = arm_arguments(part, arm, seed, study.quick)
+    if part in RATES_OF and PARTS[part][arm].base and not study.quick:
+        arguments += ["--lr", f"{best_rate(study, part, arm):g}"]
+    return arguments
+
+
 def split_budget(arguments) -> tuple[list[str], float | None]:
     """The arguments of an arm -> those of train.py, and the FLOPs of --flops if there are any."""
     if "--flops" not in arguments:
@@ -337,7 +365,7 @@ def train_arm(study: Study, part, arm, seed) -> Path:
     other arguments."""
     run = arm_path(study.runs, part, arm, seed)
     base = PARTS[part][arm].base
-    arguments, budget = split_budget(arm_arguments(part, arm, seed, study.quick))
+    arguments, budget = split_budget(arguments_of(study, part, arm, seed))
     arguments = [*arguments, "--out", str(run)]
     spent_before = 0.0
     if base:
@@ -358,17 +386,11 @@ def train_arm(study: Study, part, arm, seed) -> Path:
     return run
 
 
-def result_file(study: Study, part, arm, seed) -> Path:
-    """Where the result of an arm is."""
-    path = arm_path(study.results, part, arm, seed)
-    return path.with_name(path.name + ".json")
-
-
 def run_arm(study: Study, part, arm, seed) -> dict:
     """Train and score an arm, unless its result is there -> what results/PART/ARM-SEED.json holds. Raises
     ValueError if the result there was made with other arguments."""
     file = result_file(study, part, arm, seed)
-    arguments = arm_arguments(part, arm, seed, study.quick)
+    arguments = arguments_of(study, part, arm, seed)
     if file.is_file():
         result = json.loads(file.read_text())
         if result["arguments"] != arguments:

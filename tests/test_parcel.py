@@ -103,8 +103,15 @@ exit 0
     command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
-    calls = [line.split()[:2] for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["-c", "train.py", "-m"] and calls[-1][1] == "lab.parcel"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    begun = next(i for i, call in enumerate(calls) if call.startswith("train.py"))
+    assert len(calls) == begun + 2 and calls[-1].startswith("-m lab.parcel")
+    studied = [call for call in calls if "lab.study" in call]
+    assert len(studied) == 1 + 9 + 3 + 15 and len(set(studied)) == len(studied)
+    assert (
+        sum("--parts gpu-table" in call and "--arms dense continuation + llm" in call for call in studied)
+        == 3
+    )
 
 
 @pytest.mark.slow

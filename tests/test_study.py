@@ -4,6 +4,7 @@ report against curves that were made up for it."""
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,23 @@ def test_every_arm_is_a_command_of_train(tmp_path):
                 assert args.seed == 1 and (budget is None) == (args.steps not in (1200, 6000))
             assert base is None or base in seen
             seen.append(arm)
+
+
+def test_the_table_takes_the_best_learning_rate(tmp_path):
+    """Of those that were tried for the kind without an LLM, on one seed."""
+    here = study.Study(tmp_path, tmp_path, None, "")
+    with pytest.raises(
+        FileNotFoundError, match="expansion-0.0015-0.json is not there: first run --parts gpu-r"
+    ):
+        study.arguments_of(here, "gpu-table", "expansion + llm", 3)
+    for rate, loss in ((0.0015, 0.3), (0.003, 0.1), (0.006, 0.2)):
+        for seed, more in ((0, 0), (1, 0.3 - 2 * loss)):  # the other seed does not count
+            curve = [{"step": 9, "flops": 2, "val_loss": loss + more}]
+            write_result(tmp_path, "gpu-rates", {"arm": f"expansion, {rate}", "seed": seed, "curve": curve})
+    expected = [*study.arm_arguments("gpu-table", "expansion + llm", 3), "--lr", "0.003"]
+    assert study.arguments_of(here, "gpu-table", "expansion + llm", 3) == expected
+    assert "--lr" not in study.arguments_of(here, "gpu-table", "base", 3)
+    assert "--lr" not in study.arguments_of(replace(here, quick=True), "gpu-table", "expansion", 3)
 
 
 def test_names_of_files_hold_no_signs():
@@ -194,6 +212,7 @@ def test_the_report_in_the_repository_is_that_of_its_files(tmp_path):
     pictures = [(folder / name).read_bytes() for name in names]
     report.write_report(folder, study.PARTS)
     assert pictures == [(folder / name).read_bytes() for name in names]
+    here = study.Study(folder, folder, None, "")
     for part, arms in study.PARTS.items():  # the results are those of the arms as they are now
         for arm in arms:
             for seed in range(3):
@@ -201,7 +220,7 @@ def test_the_report_in_the_repository_is_that_of_its_files(tmp_path):
                 file = path.with_name(path.name + ".json")
                 if file.is_file():
                     result = json.loads(file.read_text())
-                    assert result["arguments"] == study.arm_arguments(part, arm, seed)
+                    assert result["arguments"] == study.arguments_of(here, part, arm, seed)
 
 
 def test_one_table_writer():
@@ -218,8 +237,9 @@ def test_one_table_writer():
 
 def write_result(folder, part, result):
     """Put a result where the study puts it."""
-    (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / part / f"{result['arm']}-{result['seed']}.json").write_text(json.dumps(result))
+    file = study.result_file(study.Study(folder, folder, None, ""), part, result["arm"], result["seed"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result))
 
 
 def language_result(arm, seed, shift):
