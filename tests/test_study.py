@@ -80,9 +80,7 @@ def test_every_arm_is_a_command_of_train(tmp_path):
 def test_the_table_takes_the_best_learning_rate(tmp_path):
     """Of those that were tried for the kind without an LLM, on one seed."""
     here = study.Study(tmp_path, tmp_path, None, "")
-    with pytest.raises(
-        FileNotFoundError, match="expansion-0.0015-0.json is not there: first run --parts gpu-r"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"0\.0015-0\.json is not there: first run --parts gpu-rates"):
         study.arguments_of(here, "gpu-table", "expansion + llm", 3)
     for rate, loss in ((0.0015, 0.3), (0.003, 0.1), (0.006, 0.2)):
         for seed, more in ((0, 0), (1, 0.3 - 2 * loss)):  # the other seed does not count
