@@ -67,6 +67,11 @@ TIMING = (
     " count. The curve of a grown model begins at its growth, so growth at 80 % cannot show more than"
     " 1 / 0.8 = 1.25. *never grown* is the small model, for the whole budget:"
 )
+TABLE = (
+    "A base that knows `basic` is trained further on `rich`, with short and detailed captions, and the"
+    " learning rate decays at the end. All spend the same FLOPs. The loss on `basic` says what is forgotten."
+    " In brackets is the verdict on a difference: *holds* if the arm is better than *dense continuation*."
+)
 LONGER = (
     "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
     " continuation.**"
@@ -133,9 +138,9 @@ def loss_table(found, starts) -> str:
     return markdown_table([*titles, "spike", "steps to mix"], rows)
 
 
-def benchmark_table(found) -> str:
-    """Part growth: scores by the names of VBench and T2V-CompBench."""
-    arms = [arm for arm in ("base", "lora", "insert", "insert + llm", "large from scratch") if arm in found]
+def benchmark_table(found, arms) -> str:
+    """Scores of these arms, as far as they are there, by the names of VBench and T2V-CompBench."""
+    arms = [arm for arm in arms if arm in found]
     rows = []
     for benchmark, (name, column) in BENCHMARK_NAMES.items():
         cells = [benchmark]
@@ -177,7 +182,7 @@ def growth_scores(found) -> list[str]:
     """The scores of part growth."""
     text = ["## Growth: scores", *score_tables(found, "continued")]
     text.append(f"By the names of other benchmarks. Not covered: {NOT_COVERED}.")
-    return [*text, benchmark_table(found)]
+    return [*text, benchmark_table(found, ("base", "lora", "insert", "insert + llm", "large from scratch"))]
 
 
 def timing_section(found, targets, results: Path) -> list[str]:
@@ -204,10 +209,31 @@ def rates_section(found, where="") -> list[str]:
     return [f"## Learning rates{where}", table, provenance(found)]
 
 
+def what_is_learned(found) -> str:
+    """The paper's table: learning rates, steps, and the losses on new and on old data."""
+    continued = found.get("dense continuation", {})
+    rows = []
+    for arm, by_seed in found.items():
+        result = by_seed[min(by_seed)]
+        options = result["arguments"]
+        cells = [arm, options[options.index("--lr") + 1] if "--lr" in options else ""]
+        cells.append(str(result["curve"][-1]["step"]))
+        for name in ("rich", "basic"):
+            cells.append(spread([measure(each, name) for each in by_seed.values()], 4))
+            lower = gains(by_seed, continued, name) if arm not in ("base", "dense continuation") else []
+            cells.append(f"{spread(lower, 4)} ({verdict(lower)})" if lower else "")
+        rows.append(cells)
+    titles = ["arm", "rate", "steps"]
+    for name in ("rich", "basic"):
+        titles += [f"loss on {name}", "lower than *dense continuation* by"]
+    return markdown_table(titles, rows)
+
+
 def table_section(found, where="") -> list[str]:
     """The paper's table."""
-    scores = score_tables(found, "dense continuation")
-    return [f"## The paper's table{where}", *claims(found), *scores, provenance(found)]
+    text = [f"## The paper's table{where}", *claims(found), TABLE, what_is_learned(found)]
+    text += score_tables(found, "dense continuation")
+    return [*text, "By the names of other benchmarks:", benchmark_table(found, found), provenance(found)]
 
 
 def language_section(found) -> list[str]:

@@ -422,8 +422,22 @@ def test_a_table_of_benchmarks_has_a_column_for_each_arm():
     def result(x):
         return {0: {"scores": {"seen": {}, "several actors": {"relation": x}}}}
 
-    table = report.benchmark_table({"base": result(0.1), "insert": result(0.2)})
+    table = report.benchmark_table({"base": result(0.1), "insert": result(0.2)}, ("base", "lora", "insert"))
     assert "| T2V-CompBench spatial relationships | 0.100 | 0.200 |" in table
+
+
+def test_the_papers_table_says_what_is_learned_and_forgotten(tmp_path):
+    arms = {"base": (9.0, 0.0), "dense continuation": (2.0, 0.3), "expansion": (1.9, 0.4)}
+    for arm, (loss, forgotten) in arms.items():
+        for seed in range(3):
+            result = growth_result(arm, seed, [3, loss - 0.01 * seed * (arm == "expansion")], 1, 0, forgotten)
+            rate = [] if arm == "base" else ["--lr", "0.003"]
+            write_result(tmp_path, "table", result | {"arguments": [*result["arguments"], *rate]})
+    text = report.write_report(tmp_path, study.PARTS)
+    assert "| base |  | 100 | 9.0000 ± 0.0000 |  | 1.0000 ± 0.0000 |  |\n" in text
+    row = "| expansion | 0.003 | 100 | 1.8900 ± 0.0100 | 0.1100 ± 0.0100 (holds) | 1.4000 ± 0.0000 |"
+    assert row + " -0.1000 ± 0.0000 (contradicted) |\n" in text
+    assert "| benchmark | base | dense continuation | expansion |\n" in text
 
 
 @pytest.fixture
