@@ -48,7 +48,7 @@ With the same further FLOPs expansion beats dense continuation and LoRA on promp
     expansion > dense continuation: long
     expansion > lora: several actors
     expansion > lora: long
-The language model helps there too.
+With the same further FLOPs the language model helps on long prompts of several actors.
     dense continuation + llm > dense continuation: long
     expansion + llm > expansion: long
 Expansion forgets fewer of the prompts of one actor than dense continuation.
