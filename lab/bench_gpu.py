@@ -35,7 +35,7 @@ from lab.bench import (
     bench_train,
     our_model,
     training_step,
-)  # fmt: skip
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHES = ("MODELGROW_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -46,7 +46,7 @@ VALUE_SHAPES = {  # with whole tiles, with cut ones, and with masked keys
     "odd": (2, 4, 200, 200, 128),
     "text": (4, 4, 128, 77, 32),
 }
-WORST = 2e-2  # relative error of values and gradients in types of 16 bits; sdpa's is some 3e-3
+WORST = 2e-2  # relative error of values and gradients in types of 16 bits
 
 
 def values_and_gradients(inputs, backend):
