@@ -150,7 +150,11 @@ KINDS = {  # options of train.py
     "dense continuation + llm": "--grow llm",
     "expansion + llm": "--grow depth,llm",
 }
-TRIED = (1.5e-3, 3e-3, 6e-3)  # at width 128; the base has 3e-3
+TRIED = {  # at width 128; the base has 3e-3
+    "dense continuation": (1.5e-3, 3e-3, 6e-3),
+    "lora": (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),  # of the first three the largest is best
+    "expansion": (1.5e-3, 3e-3, 6e-3),
+}
 RATES_OF = {"table": "rates", "gpu-table": "gpu-rates"}  # where the learning rates of a part were found
 RATES_SEED = 0
 
@@ -163,7 +167,7 @@ def paper_parts(base, further, flops) -> tuple[dict[str, Arm], dict[str, Arm]]:
     for kind, how in KINDS.items():
         options = f"{further} {how} --every 100000"
         table[kind] = Arm("base", f"{options} --flops {flops[2]:g}")
-        for rate in TRIED if "llm" not in kind else ():
+        for rate in TRIED.get(kind, ()):
             rates[f"{kind}, {rate:g}"] = Arm("base", f"{options} --lr {rate:g} --flops {flops[1]:g}")
     return rates, table
 
@@ -299,7 +303,7 @@ def best_rate(study: Study, part, arm) -> float:
     with the lowest last loss. Raises FileNotFoundError if they were not tried."""
     kind = arm.removesuffix(" + llm")
     losses = {}
-    for rate in TRIED:
+    for rate in TRIED[kind]:
         file = result_file(study, RATES_OF[part], f"{kind}, {rate:g}", RATES_SEED)
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there: first run --parts {RATES_OF[part]} --seeds 0")
