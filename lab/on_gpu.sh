@@ -35,8 +35,9 @@ in_minutes() { python -c "print($1 / 60)"; }
 runs=runs/gpu results=results at_once=5
 rates=() bases=() table=() # seeds and arms
 for kind in lora "dense continuation" expansion; do
-    rates+=(0 "$kind, 0.0015" 0 "$kind, 0.003" 0 "$kind, 0.006")
+    for rate in 0.0015 0.003 0.006; do rates+=(0 "$kind, $rate"); done
 done
+rates+=(0 "lora, 0.012" 0 "lora, 0.024")
 for seed in 0 1 2; do bases+=($seed base); done
 for kind in lora "dense continuation" expansion "expansion + llm" "dense continuation + llm"; do
     for seed in 0 1 2; do table+=($seed "$kind"); done

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from conftest import run_training
 from lab import parcel
+from lab.study import PARTS
 from run import load_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -106,12 +108,11 @@ exit 0
     calls = (tmp_path / "calls").read_text().splitlines()
     begun = next(i for i, call in enumerate(calls) if call.startswith("train.py"))
     assert len(calls) == begun + 2 and calls[-1].startswith("-m lab.parcel")
-    studied = [call for call in calls if "lab.study" in call]
-    assert len(studied) == 1 + 9 + 3 + 15 and len(set(studied)) == len(studied)
-    assert (
-        sum("--parts gpu-table" in call and "--arms dense continuation + llm" in call for call in studied)
-        == 3
-    )
+    found = (re.search(r"lab\.study .*--parts (\S+) .*--seeds (\d) --arms (.+)", call) for call in calls)
+    studied = [match.groups() for match in found if match]
+    rates = [("gpu-rates", "0", arm) for arm in PARTS["gpu-rates"]]
+    table = [("gpu-table", str(seed), arm) for arm in PARTS["gpu-table"] for seed in range(3)]
+    assert sorted(studied) == sorted(rates + table)
 
 
 @pytest.mark.slow
