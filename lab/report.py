@@ -61,11 +61,12 @@ LOSSES = (
     " *continued* (for each seed)."
 )
 TIMING = (
-    "**Growing needs fewer FLOPs than training the large model from scratch (Stacking Your Transformers: 1.5"
-    " times fewer).** The table has the loss on `rich` when the budget is spent. It also says how many times"
-    " fewer FLOPs an arm needed to reach the final loss of *large from scratch*. The FLOPs of the small model"
-    " count. The curve of a grown model begins at its growth, so growth at 80 % cannot show more than"
-    " 1 / 0.8 = 1.25. *never grown* is the small model, for the whole budget:"
+    "**Does growing need fewer FLOPs than training the large model from scratch?** (Stacking Your"
+    " Transformers: 1.5 times fewer.) The table has the loss on `rich` when the budget is spent, without a"
+    " decay. It also says how many times fewer FLOPs an arm needed to reach the final loss of *large from"
+    " scratch*. The FLOPs of the small model count. The curve of a grown model begins at its growth, so"
+    " growth at 80 % cannot show more than 1 / 0.8 = 1.25. *never grown* is the small model, for the whole"
+    " budget:"
 )
 TABLE = (
     "A base that knows `basic` is trained further on `rich`, with short and detailed captions, and the"
@@ -73,8 +74,8 @@ TABLE = (
     " In brackets is the verdict on a difference: *holds* if the arm is better than *dense continuation*."
 )
 LONGER = (
-    "**With four times that budget, nearer to the limit of the small model, growing it beats dense"
-    " continuation.**"
+    "**And with four times that budget?** The small model comes nearer to its limit. *Insert* doubles its"
+    " blocks; there is no decay:"
 )
 
 
@@ -205,7 +206,7 @@ def rates_section(found, where="") -> list[str]:
     for arm, by_seed in found.items():
         if arm != "base":  # it learns other clips
             rows.append([arm, spread([measure(result, "last") for result in by_seed.values()], 4)])
-    table = markdown_table(["kind, rate at width 128", "loss on rich"], rows)
+    table = markdown_table(["kind, rate at width 128", "loss on rich, captions both"], rows)
     return [f"## Learning rates{where}", table, provenance(found)]
 
 
@@ -360,12 +361,13 @@ def budget_claims(found) -> list[list[str]]:
     factors = savings(found["timing"].get(half, {}), found["growth"].get("large from scratch", {}))
     if factors:
         saved = [(factor or 0) - 1 for factor in factors]  # None: it never had that loss
-        claim = "Growing after half of the budget saves FLOPs over training the large model from scratch."
+        claim = "Doubling the blocks after half of the budget saves FLOPs over the large model from scratch."
         rows.append([claim, verdict(saved)])
     for part, budget in (("timing", "At this budget"), ("longer", "With four times this budget")):
         gained = gains(found[part].get(half, {}), found[part].get(never, {}), "last")
         if gained:
-            rows.append([f"{budget}, growing after half of it beats never growing.", verdict(gained)])
+            claim = f"{budget}, without a decay, doubling the blocks after half of it beats never growing."
+            rows.append([claim, verdict(gained)])
     return rows
 
 

@@ -27,11 +27,12 @@ same FLOPs and decay at the end. Part rates finds the learning rates without an 
 **gpu-rates, gpu-table** - the same for a GPU: the base has the preset, data and FLOPs of `python train.py`.
 
 **FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
-encoders, whose features are computed once. The options of an arm may contain `--flops N`, which train.py does
-not know: the first step tells what a step costs, and the rest of N pays for the others (`steps_for`). The
-learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and the
-averaged weights (EMA) are judged. In part language and in the paper's table only ends are compared: there it
-decays.
+encoders, whose features are computed once. Every caption counts as if it were the longest of the data, as on
+a GPU; a CPU computes somewhat less (`train.prompt_lengths`). The options of an arm may contain `--flops N`,
+which train.py does not know: the first step tells what a step costs, and the rest of N pays for the others
+(`steps_for`). The learning rate stays on its plateau (no decay), so that a run can be compared at any step of
+it, and the averaged weights (EMA) are judged. In part language and in the paper's table only ends are
+compared: there it decays.
 
 **What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
 those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
@@ -468,7 +469,7 @@ def run_study(study: Study, parts, arms, seeds, deadline=math.inf):
         proof = prove(study.reader)
         print(score_table(proof))
         study.results.mkdir(parents=True, exist_ok=True)
-        (study.results / "reader.json").write_text(json.dumps(proof, indent=1))
+        write_atomically(study.results / "reader.json", json.dumps(proof, indent=1))
     for part in parts:
         for seed in seeds:
             for arm in PARTS[part]:

@@ -1,8 +1,10 @@
 """What the results of the study say: claims, the rule of a verdict, and the numbers that verdicts rest on.
 
-A result is what a run left in results/PART/*.json. Differences between two arms are taken within each seed,
-because both continue from the same base with the same batches and noise. Two or three seeds make a weak test.
-The rule for a verdict (`RULE`) was fixed before the runs, which keeps it honest.
+A result is what a run left in results/PART/*.json. Differences between two arms are taken within each seed:
+all arms of a seed see the same batches and noise, and most continue from the same base. The rule for a
+verdict (`RULE`) was fixed before the runs. It is a weak test: if the mean of three values of a normal
+distribution exceeds twice its standard error, all three have its sign, and without any effect that happens
+with probability 1 - 2 / sqrt(6) = 0.18 (Student's t with two degrees of freedom).
 
 Left out: significance tests and confidence intervals.
 """
@@ -19,9 +21,10 @@ from lab.tables import SCORE_COLUMNS, spread
 RULE = (
     "A claim *holds* if the difference is positive in every seed and its mean exceeds twice its standard"
     " error. It is *contradicted* if the same is true with the opposite sign. Otherwise it is *open*. A claim"
-    " with several comparisons holds if all of them hold. It is contradicted if one of them is. *A over B* is"
-    " the score of A minus that of B, or the loss of B minus that of A: positive if A is better. `basic` has"
-    " clips of one actor, `rich` of one to three."
+    " with several comparisons holds if all of them hold. It is contradicted if one of them is. Without any"
+    " effect, about one comparison in five gets a verdict by chance (three seeds). *A over B* is the score of"
+    " A minus that of B, or the loss of B minus that of A: positive if A is better. `basic` has clips of one"
+    " actor, `rich` of one to three."
 )
 
 # Claims, each with the comparisons that must all hold: "better arm > worse arm: what is measured".

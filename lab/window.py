@@ -4,7 +4,8 @@
 
 - By how much is its final loss lower, with the same budget?
 - How many times the FLOPs does the other one need for the same loss? Its final losses lie on a curve over the
-  budgets, on which a power law is assumed between neighbours. So two budgets bound the error badly.
+  budgets, on which a power law is assumed between neighbours. If it never has that loss, the arm's own curve
+  tells at how many FLOPs the arm had the other one's final loss. With two budgets both are rough.
 - From which budget on, and until which, is its loss lower? The difference is taken as straight over the
   logarithm of the FLOPs between two budgets.
 
@@ -35,7 +36,8 @@ SCALE = (
     " budget counts the FLOPs of training, those of the base included. In its last fifth the learning rate"
     " decays to zero. *Lower than* is a difference of final losses within each seed, with the verdict by the"
     " rule above (holds: the arm is better). *Times fewer FLOPs*: for the same loss the other arm needs this"
-    " many times more. Between two budgets a power law is assumed, so with few budgets these ratios are"
+    " many times more. If it never has that loss, the ratio is that of its FLOPs to those for which the arm"
+    " has its final loss. Between two budgets a power law is assumed, so with few budgets these ratios are"
     " rough: the spread over seeds does not show that error. In brackets is the ratio if the base exists"
     " already and costs nothing. *Mixes at* is the step after growth from which on the loss is lower than"
     " that of *never grown* at equal FLOPs, for each seed. All losses are those of the EMA, which lags 100"

@@ -470,7 +470,7 @@ def test_claims_of_a_growth_report(growth_report):
     first_page = growth_report[: growth_report.index("A claim *holds* if")]
     assert "![Growing or not, with four times the budget](longer.png)" in first_page
     assert "| Expansion forgets less of the old data than dense continuation. | holds |\n" in first_page
-    assert "| Growing after half of the budget saves FLOPs over" in first_page
+    assert "| Doubling the blocks after half of the budget saves FLOPs over" in first_page
     assert "from scratch. | contradicted |\n" in first_page  # it never has that loss
     assert "| At this budget, growing after half of it beats never growing. | contradicted |\n" in first_page
     assert "budget, growing after half of it beats never growing. | holds |\n" in first_page
