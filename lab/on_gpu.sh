@@ -5,7 +5,7 @@
 #
 #   gpu-rates    learning rates for the paper's table
 #   gpu-table    the paper's table: LoRA, dense continuation, expansion, the last two also with an LLM; three
-#                seeds. Arms train side by side: one alone does not fill a GPU
+#                seeds. Arms are trained side by side: one compiles or draws while another trains
 #   scale        the window of growth: budgets of 4 and 16 times 2.4e13 FLOPs, and learning rates for it
 #   pretrained   the included model: `tiny` learns both sets of the toy world on small clips, where a step
 #                is cheap. It is grown to twice the width, larger patches (64x64), 16 frames and a language
@@ -16,7 +16,7 @@
 # in OUT (lab/parcel.py), also if it is stopped; `python -m lab.study --take OUT` puts it into its places. With
 # --quick everything runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
 set -euo pipefail
-trap 'exit 130' INT TERM # a training that is stopped saves and ends well: nothing may continue from it
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; exit 130' INT TERM # what is stopped is saved first
 out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]}
 minutes=9 quick=
 shift
@@ -32,15 +32,15 @@ limit=$(python -c "print(int($minutes * 60))")
 left() { echo $((limit - SECONDS - $1)); } # seconds, less some that are needed afterwards
 in_minutes() { python -c "print($1 / 60)"; }
 
-runs=runs/gpu results=results at_once=5
-rates=() bases=() table=() # seeds and arms
-for kind in lora "dense continuation" expansion; do
-    for rate in 0.0015 0.003 0.006; do rates+=(0 "$kind, $rate"); done
+runs=runs/gpu results=results
+bases=("0:base" "1:base" "2:base") # SEEDS:ARM[:ARM ...] of processes that run side by side
+rates=("0:lora, 0.0015:lora, 0.003:lora, 0.006" "0:lora, 0.012:lora, 0.024")
+for kind in "dense continuation" expansion; do
+    rates+=("0:$kind, 0.0015:$kind, 0.003:$kind, 0.006")
 done
-rates+=(0 "lora, 0.012" 0 "lora, 0.024")
-for seed in 0 1 2; do bases+=($seed base); done
+table=()
 for kind in lora "dense continuation" expansion "expansion + llm" "dense continuation + llm"; do
-    for seed in 0 1 2; do table+=($seed "$kind"); done
+    table+=("0 1 2:$kind")
 done
 data="--data both --words varied --clips 32768"
 base="$data --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
@@ -48,7 +48,7 @@ larger="--patch 2 --frames 16 --width 2"
 grown="$data --batch 64 --every 3000 --keep --grow llm"
 actors="--count 100" scores="--count 200" study= scale="--clips 98304 --batch 64" budgets="--budgets 4 16"
 if [[ $quick ]]; then
-    runs=$out/runs results=$out/results rates=(0 "lora, 0.003") bases=(0 base) table=(0 lora)
+    runs=$out/runs results=$out/results bases=("0:base") rates=("0:lora, 0.003") table=("0:lora")
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
     larger="--patch 2 --frames 8 --width 2"
@@ -63,12 +63,16 @@ pack() { # leaves in OUT what is there so far
 }
 trap pack EXIT
 
-side_by_side() { # PART SEED ARM [SEED ARM ...]: trains and scores arms of the study, if there is time
+side_by_side() { # PART PROCESS ...: trains and scores arms of the study, as many as there is time for
     pack
-    (($(left 60) > 0)) || return 0
-    local command="python -m lab.study $study --parts $1 --minutes $(in_minutes $(left 60))"
-    command+=" --runs $runs/study --results $results"
-    printf '%s\n' "${@:2}" | xargs -d '\n' -n 2 -P $at_once sh -c "$command --seeds \$0 --arms \"\$1\""
+    (($(left 120) > 0)) || return 0
+    local options="--parts $1 --minutes $(in_minutes $(left 120)) --runs $runs/study --results $results"
+    local process fields threads=$((($(nproc) + $# - 2) / ($# - 1)))
+    for process in "${@:2}"; do
+        IFS=: read -ra fields <<< "$process"
+        OMP_NUM_THREADS=$threads python -m lab.study $study $options --seeds ${fields[0]} --arms "${fields[@]:1}" &
+    done
+    wait # for all; one that fails has said why, and stops nothing else
 }
 
 window() { # OPTIONS: trains arms of the window of growth, if there is time
@@ -85,7 +89,7 @@ run() { # trains the run $1 with options $2, or what is left of it
     fi
 }
 
-side_by_side gpu-rates 0 base
+side_by_side gpu-rates "${bases[0]}"
 side_by_side gpu-rates "${rates[@]}"
 side_by_side gpu-table "${bases[@]}"
 side_by_side gpu-table "${table[@]}"
@@ -93,13 +97,15 @@ side_by_side gpu-table "${table[@]}"
 window $budgets
 if [[ ! -f $results/actors/pretrained.json ]]; then
     if [[ ! -d $runs/pretrained ]]; then
+        pack
+        (($(left 260) > 0)) || exit 0 # the next call has the time
         run pretrained-base "$base"
         if [[ ! -d $runs/larger/checkpoint ]]; then
             rm -rf $runs/larger
             python grow.py $runs/pretrained-base $larger --out $runs/larger
         fi
     fi
-    (($(left 160) > 0)) || exit 0 # the next call has the time
+    (($(left 160) > 0)) || exit 0
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
     run pretrained "$grown $long --from $runs/larger"
     touch $runs/pretrained/trained # to its end: worth keeping

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from conftest import run_training
 from lab import parcel
-from lab.study import PARTS
+from lab.study import PARTS, make_parser
 from run import load_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -89,30 +88,45 @@ def test_a_parcel_stays_until_the_next_one_is_whole(parcelled, tmp_path, monkeyp
     assert (tmp_path / "out" / "results.tar.gz").read_bytes() == before
 
 
-def test_on_gpu_continues_from_nothing_that_was_stopped(tmp_path):
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that runs lab/on_gpu.sh with another `python`: it writes its arguments down, runs the lines
+    of bash it is given, and does nothing else -> (the exit status, [the arguments of each call])."""
+
+    def run_script(lines):
+        python, calls = tmp_path / "python", tmp_path / "calls"
+        note = f"(IFS='|'; echo \"$*\") >> {calls}\n[[ $1 == -c ]] && echo 540"
+        python.write_text(f"#!/bin/bash\n{note}\n{lines}\nexit 0\n")
+        python.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, [call.split("|") for call in calls.read_text().splitlines()]
+
+    return run_script
+
+
+def test_on_gpu_continues_from_nothing_that_was_stopped(recorded):
     """A training that is asked to stop ends well. Then nothing grows from it, and a parcel is packed."""
-    python = tmp_path / "python"
-    python.write_text(
-        f"""#!/bin/bash
-echo "$*" >> {tmp_path}/calls
-[[ $1 == -c ]] && echo 540
-[[ $1 == train.py ]] && kill -TERM $PPID
-exit 0
-"""
-    )
-    python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 130, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    begun = next(i for i, call in enumerate(calls) if call.startswith("train.py"))
-    assert len(calls) == begun + 2 and calls[-1].startswith("-m lab.parcel")
-    found = (re.search(r"lab\.study .*--parts (\S+) .*--seeds (\d) --arms (.+)", call) for call in calls)
-    studied = [match.groups() for match in found if match]
-    rates = [("gpu-rates", "0", arm) for arm in PARTS["gpu-rates"]]
-    table = [("gpu-table", str(seed), arm) for arm in PARTS["gpu-table"] for seed in range(3)]
-    assert sorted(studied) == sorted(rates + table)
+    status, calls = recorded("[[ $1 == train.py ]] && kill -TERM $PPID")
+    assert status == 130
+    begun = next(i for i, call in enumerate(calls) if call[0] == "train.py")
+    assert len(calls) == begun + 2 and calls[-1][:2] == ["-m", "lab.parcel"]
+
+
+def test_on_gpu_trains_all_arms_of_the_table(recorded):
+    """An arm that fails stops no other part."""
+    status, calls = recorded("""
+        [[ $2 == lab.study ]] && exit 1
+        [[ $1 == train.py ]] && mkdir -p "${@: -1}"
+        [[ $2 == lab.actors ]] && mkdir -p runs/gpu/actors && touch runs/gpu/actors/pretrained.json
+    """)
+    studied = [make_parser().parse_args(call[2:]) for call in calls if call[1] == "lab.study"]
+    found = [(args.parts, arm, seed) for args in studied for arm in args.arms for seed in args.seeds]
+    rates = [(["gpu-rates"], arm, 0) for arm in PARTS["gpu-rates"]]
+    table = [(["gpu-table"], arm, seed) for arm in PARTS["gpu-table"] for seed in range(3)]
+    assert status == 0 and sorted(found) == sorted(rates + table)
+    assert [call[1] for call in calls[-3:]] == ["lab.evaluate", "lab.actors", "lab.parcel"]
 
 
 @pytest.mark.slow
