@@ -20,6 +20,8 @@ its table. Left out: end-to-end comparisons with trained peers, whose weights ar
 import argparse
 import itertools
 import json
+import math
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -41,8 +43,17 @@ from lab.reader import get_reader
 from lab.study import machine_name
 from lab.tables import markdown_table
 from lab.verdicts import attribute_mean
-from machine import autocast, out_of_memory, pick_device, pick_precision, run_command
+from machine import (
+    WARMUP_CALLS,
+    GraphedStep,
+    autocast,
+    out_of_memory,
+    pick_device,
+    pick_precision,
+    run_command,
+)
 from run import find_checkpoint, load_model, newest_checkpoint
+from start import make_optimizer
 from text_encoder import Prompts
 
 SHAPES = {  # of attention in training on a CPU: (B, heads, N, L, d)
@@ -69,7 +80,7 @@ SDPA_BACKENDS = {  # of a GPU
 
 PEER = DiTConfig(patch_time=2, patch_size=4, width=256, depth=6, heads=4)  # 256 tokens
 QUICK = DiTConfig(frames=4, size=16, patch_time=2, patch_size=4, width=32, depth=1, heads=2)
-OURS = ("eager", "compiled")  # steps of this project, beside those of peers
+OURS = ("eager", "compiled", "captured")  # steps of this project, beside those of peers
 TEXT_LENGTH = 32  # tokens of the prompts of a step
 
 
@@ -83,7 +94,7 @@ class Bench:
     quick: bool = False  # tiny sizes, to see that everything works
     checkpoint: Path | None = None  # that part sample draws with; None: the newest
     count: int = 200  # prompts of part sample
-    minutes: float = 5.0  # of part gpu
+    minutes: float = 5.0  # after which no further section of part gpu, or model of its steps, is begun
 
     @property
     def gpu(self) -> bool:
@@ -172,12 +183,30 @@ def can_run(inputs, backend) -> bool:
     return True
 
 
+def as_graph(run):
+    """A function of one CUDA graph: all kernels of `run`, which has no arguments. For small inputs Python
+    launches kernels more slowly than a GPU runs them."""
+    run()  # whatever is compiled or allocated at the first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def captured(step):
+    """A step of `training_step` as train.py runs it on a GPU, warmed up."""
+    graphed = GraphedStep(step)
+    for _ in range(WARMUP_CALLS + 1):
+        graphed()
+    return graphed
+
+
 def training_step(model, config, count, bench):
-    """A training step of `model` with `count` random clips and prompts for a model of `config`, as a
-    function: loss, gradients, clipping, AdamW."""
+    """A training step of `model` with `count` random clips and prompts for a model of `config`, as a function
+    that returns the loss: loss, gradients, clipping, AdamW."""
     device = bench.device
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    optimizer = make_optimizer(model, {}, torch.tensor(1e-4, device=device))
     clips = torch.randn(count, 3, config.frames, config.size, config.size, device=device)
     noise = torch.randn_like(clips)
     t = torch.rand(count, device=device)
@@ -191,6 +220,7 @@ def training_step(model, config, count, bench):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
 
@@ -264,6 +294,8 @@ def bench_attention(bench) -> list[dict]:
         able = [backend for backend in backends if can_run(inputs, backend)]
         for backward in (False, True):
             sides = {backend: partial(run_attention, inputs, backend, backward) for backend in able}
+            if bench.gpu:
+                sides = {backend: as_graph(run) for backend, run in sides.items()}
             times = alternate(sides, bench.repeats, calls=20 if bench.gpu else 1)
             row = {"B x heads x N x L x d": f"{name}: {' x '.join(map(str, shape))}"}
             row["passes"] = "forward and backward" if backward else "forward"
@@ -292,6 +324,8 @@ def make_sides(config, count, with_peers, bench) -> tuple[dict, dict]:
     makers = {"eager": our_model}
     if not bench.quick:  # compiling takes a minute
         makers["compiled"] = partial(our_model, compiled=True)
+    if bench.gpu:
+        makers["captured"] = partial(our_model, compiled=not bench.quick)
     if with_peers and find_spec("diffusers"):
         makers |= {"Wan": WanLike, "Latte": LatteLike}
     sides, memory = {}, {}
@@ -299,7 +333,8 @@ def make_sides(config, count, with_peers, bench) -> tuple[dict, dict]:
         if bench.gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        sides[name] = training_step(make(config), config, count, bench)
+        step = training_step(make(config), config, count, bench)
+        sides[name] = captured(step) if name == "captured" else step
         sides[name]()
         if bench.gpu:
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
@@ -307,11 +342,16 @@ def make_sides(config, count, with_peers, bench) -> tuple[dict, dict]:
 
 
 def bench_train(bench) -> list[dict]:
-    """A training step, eager and compiled, beside the peers, and at last a large product of matrices."""
+    """A training step, eager, compiled, and on a GPU captured as train.py does it, beside the peers, and at
+    last a large product of matrices."""
+    begin = time.perf_counter()
     peak = matmul_peak(bench)
     rows = []
     for name, config, count, with_peers in step_cases(bench):
         label = f"{name} ({count} clips of {config.tokens()} tokens)"
+        if time.perf_counter() - begin > 60 * bench.minutes:
+            rows.append({"model": label, "step": "skipped, because the time is over"})
+            continue
         torch.compiler.reset()
         try:
             sides, memory = make_sides(config, count, with_peers, bench)
@@ -409,7 +449,8 @@ def main(argv=None):
         raise ValueError("--repeats and --count must be at least 1")
     repeats, count = (1, 2) if args.quick else (args.repeats, args.count)
     precision = pick_precision("auto", device)
-    bench = Bench(device, precision, repeats, args.quick, checkpoint, count, args.minutes)
+    minutes = args.minutes if args.part == "gpu" else math.inf
+    bench = Bench(device, precision, repeats, args.quick, checkpoint, count, minutes)
     out = Path(args.out or f"runs/bench-{args.part}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.part == "gpu":
@@ -429,6 +470,8 @@ def main(argv=None):
         out.with_suffix(".md").write_text(text)
         out.write_text(json.dumps(numbers, indent=1))
     print(f"written to {out} and {out.with_suffix('.md')}")
+    if any("failed" in row for rows in numbers["result"].values() for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """One GPU, measured in five minutes: `python -m lab.bench gpu`.
 
-Sections run one after the other. One that fails says so, and the others continue. One that would begin after
-the time is over is skipped.
+Sections run one after the other. One that fails says so, and the others continue; the exit status is then 1.
+One that would begin after the time is over is skipped, and so is a model of the last section.
 
     values           of the kernel and of sdpa, and their gradients, against float64
     attention        the kernel against sdpa and each of its backends
-    train.py         its own clips/s against the bare step, and the seconds to its first step, after imports
+    train.py         its own FLOP/s against those of the bare step, and the seconds to its first step, after
+                     imports
     whole run        `python train.py` with its defaults, from an empty cache to the end
-    steps            a training step of every preset, eager and compiled, beside the peers
+    steps            a training step of every preset, eager, compiled and captured, beside the peers
 
 With --quick the same runs with tiny sizes, also on a CPU. Left out: several GPUs; power; profiles.
 """
@@ -25,14 +26,17 @@ import numpy as np
 import torch
 
 from attention import attention
-from dit import PRESETS
+from cost import count_flops
+from dit import PRESETS, DiT
 from lab.bench import (
     QUICK,
     QUICK_SHAPES,
+    TEXT_LENGTH,
     alternate,
     attention_inputs,
     bench_attention,
     bench_train,
+    captured,
     our_model,
     training_step,
 )
@@ -101,17 +105,22 @@ def run_train(bench, options: str) -> dict:
         "steps": last["step"],
         "seconds to the first step, after imports": first["seconds"] - first["step"] * batch / speed,
         "clips/s": speed,
+        "TFLOP/s": speed / batch * last["flops"] / last["step"] / 1e12,
         "validation loss": next(entry["val_loss"] for entry in reversed(metrics) if "val_loss" in entry),
     }
 
 
 def train_speed(bench) -> list[dict]:
-    """train.py's own clips/s against the bare step of the same preset and batch."""
+    """train.py's own FLOP/s against those of the bare step of the same preset and batch, whose prompts may be
+    shorter."""
     row = run_train(bench, QUICK_OPTIONS if bench.quick else SMALL_OPTIONS)
     config, batch = (QUICK, 2) if bench.quick else (PRESETS["small"], 32)
     step = training_step(our_model(config, compiled=not bench.quick), config, batch, bench)
-    bare = batch / np.median(alternate({"step": step}, bench.repeats)["step"])
-    return [{**row, "clips/s of the bare step": bare, "share of it": row["clips/s"] / bare}]
+    if bench.gpu:
+        step = captured(step)
+    flops = batch * count_flops(DiT(config), [TEXT_LENGTH])
+    bare = flops / np.median(alternate({"step": step}, bench.repeats)["step"]) / 1e12
+    return [{**row, "TFLOP/s of the bare step": bare, "share of it": row["TFLOP/s"] / bare}]
 
 
 def whole_run(bench) -> list[dict]:

@@ -117,6 +117,21 @@ def test_a_section_that_fails_does_not_stop_the_others():
     assert results == {"first": [{"failed": "RuntimeError: no such kernel"}], "second": [{"number": 1}]}
 
 
+def test_a_section_that_failed_is_an_exit_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        bench_gpu, "SECTIONS", {"values": partial(bench_gpu.run_train, options="--no-option")}
+    )
+    out = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match="1"):
+        bench.main(["gpu", "--quick", "--device", "cpu", "--out", str(out)])
+    assert "RuntimeError" in json.loads(out.read_text())["result"]["values"][0]["failed"]
+
+
+def test_models_are_skipped_when_the_time_is_over():
+    rows = bench.bench_train(replace(HERE, minutes=0))
+    assert rows[0]["step"] == "skipped, because the time is over" and rows[1]["TFLOP/s"] > 0
+
+
 def test_sections_end_when_the_time_is_over(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -147,6 +162,21 @@ def test_values_are_compared_with_float64(monkeypatch):
         bench_gpu.kernel_values(HERE)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_graphs_are_measured_on_a_gpu():
+    """Attention as graphs, and a step as train.py captures it: all of them do what they did before."""
+    gpu = replace(HERE, device=torch.device("cuda", 0))
+    assert len(bench.bench_attention(gpu)) == 4
+    assert [row["step"] for row in bench.bench_train(gpu)[:2]] == ["eager", "captured"]
+    weight = torch.zeros(4, device="cuda")
+    replay = bench.as_graph(lambda: weight.add_(1))
+    before = weight.clone()
+    replay()
+    assert torch.equal(weight, before + 1)
+    losses = bench.captured(lambda: weight.add_(1).sum())
+    assert losses() == weight.sum() == 4 * weight[0]
+
+
 def test_a_train_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="no growth is called 'nothing'"):
         bench_gpu.run_train(HERE, "--quick --grow nothing")
@@ -162,5 +192,5 @@ def test_part_gpu(tmp_path):
     assert not any("failed" in row for rows in sections.values() for row in rows), sections
     (train,), (whole,) = sections["train.py"], sections["whole run"]
     assert train["steps"] == 10 and 0 < train["seconds to the first step, after imports"] < train["seconds"]
-    assert train["share of it"] == pytest.approx(train["clips/s"] / train["clips/s of the bare step"])
+    assert train["share of it"] == pytest.approx(train["TFLOP/s"] / train["TFLOP/s of the bare step"])
     assert 0 < whole["validation loss"] < 2
