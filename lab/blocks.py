@@ -12,12 +12,13 @@ The first is cheap and looks at directions alone. The second is what counts, and
 block. The cosine is computed as half of the squared distance of the two unit vectors, which is 0 without
 rounding if they are equal.
 
-`--prune K` removes the K least important blocks, as SANA-1.5 does after growth.
+`--prune K` removes the K least important blocks, as SANA-1.5 does after growth, and says what that costs.
 
 The JSON file of `--out` says whether the checkpoint is one before growth, at growth or after it, and which
 blocks the last growth made. `python -m lab.study --report` draws what is in results/blocks/.
 
-They come from these runs, with seeds 0, 1 and 2, and from the checkpoints that grow.py makes between the two:
+They come from these runs, with seeds 0, 1 and 2, and from the checkpoints that grow.py makes between the two;
+after the last training `--prune 4` removes as many blocks as were added:
 
     ALL="--data rich --clips 4096 --batch 16 --decay 0 --ema 0.99 --seed 0"
     python train.py $ALL --preset nano --steps 700 --out BASE
@@ -165,18 +166,18 @@ def main(argv=None):
     result = measure(model, metadata, batches)
     print(f"{args.checkpoint} ({result['when']}): loss {result['loss']:.4f}")
     print(table(result))
+    if args.prune:
+        pruned, metadata = prune(model, metadata, result, args.prune)
+        removed, loss = metadata["history"][-1]["removed"], loss_of(pruned, batches)
+        print(f"without blocks {', '.join(map(str, removed))}: loss {result['loss']:.4f} -> {loss:.4f}")
+        result["pruned"] = {"removed": removed, "loss": loss}
     if args.out:
         source = {"revision": find_revision(), "machine": machine_name()}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(args.out), json.dumps(result | source))
-    if args.prune:
-        pruned, metadata = prune(model, metadata, result, args.prune)
-        removed = metadata["history"][-1]["removed"]
-        loss = loss_of(pruned, batches)
-        print(f"without blocks {', '.join(map(str, removed))}: loss {result['loss']:.4f} -> {loss:.4f}")
-        if args.out_run:
-            save_checkpoint(Path(args.out_run) / "checkpoint", Checkpoint(pruned, pruned, {}, metadata, {}))
-            print(f"written to {args.out_run}")
+    if args.out_run:
+        save_checkpoint(Path(args.out_run) / "checkpoint", Checkpoint(pruned, pruned, {}, metadata, {}))
+        print(f"written to {args.out_run}")
 
 
 if __name__ == "__main__":

@@ -278,6 +278,24 @@ def blocks_table(found) -> str:
     return markdown_table([*titles, "removal cost, old", "removal cost, new"], rows)
 
 
+PRUNED = "Without the least important blocks, as many as the growth had added (`lab.blocks --prune`):"
+
+
+def pruned_table(found) -> str:
+    """What it costs to remove blocks again; empty if that was not measured."""
+    rows = []
+    for (where, when), by_seed in found.items():
+        results = [result for result in by_seed.values() if "pruned" in result]
+        if results:
+            new = [sum(result["new"][i] for i in result["pruned"]["removed"]) for result in results]
+            higher = [result["pruned"]["loss"] - result["loss"] for result in results]
+            removed = len(results[0]["pruned"]["removed"])
+            cells = [f"{where}, {when}", str(removed), ", ".join(map(str, new))]
+            rows.append([*cells, spread(higher, 4)])
+    titles = ["checkpoint", "removed", "new ones among them, by seed", "loss higher by"]
+    return markdown_table(titles, rows) if rows else ""
+
+
 def blocks_section(found, folder: Path) -> list[str]:
     """What the new blocks do. found: {(where, when): {seed: result}}."""
     plot_blocks(found, folder / "blocks.png")
@@ -292,6 +310,9 @@ def blocks_section(found, folder: Path) -> list[str]:
         text.append(
             f"After training the removal cost of a new block is higher with insert than with suffix: {gain}."
         )
+    pruned = pruned_table(found)
+    if pruned:
+        text += [PRUNED, pruned]
     return [*text, "![Blocks](blocks.png)", provenance(found)]
 
 

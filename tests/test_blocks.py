@@ -135,7 +135,9 @@ def test_the_command_and_the_report(tmp_path, encoder_name, small_world, capsys)
 
     capsys.readouterr()
     out = tmp_path / "pruned"
-    blocks.main([str(tmp_path / "insert"), "--prune", "2", "--out-run", str(out)])
+    file = results / "blocks" / "insert.json"
+    blocks.main([str(tmp_path / "insert"), "--prune", "2", "--out-run", str(out), "--out", str(file)])
+    assert json.loads(file.read_text()) == insert | {"pruned": {"removed": [1, 3], "loss": before["loss"]}}
     lines = capsys.readouterr().out
     assert f"without blocks 1, 3: loss {before['loss']:.4f} -> {before['loss']:.4f}" in lines
     pruned, metadata = load_model(out)
@@ -172,6 +174,13 @@ def test_means_and_verdict_of_the_report(tmp_path):
     assert row + " 0.2000 ± 0.0000 | 0.0510 ± 0.0010 |" in text
     assert "| before | 30 | 0.3000 ± 0.0000 | 0.5000 ± 0.0000 |  | 0.2000 ± 0.0000 |  |" in text
     assert "is higher with insert than with suffix: 0.0400 ± 0.0000 (holds)." in text
+    assert "as many as the growth had added" not in text
+    for seed, removed in enumerate(([1], [0], [1])):
+        file = tmp_path / "blocks" / f"suffix-after-{seed}.json"
+        pruned = {"removed": removed, "loss": 0.31 + 0.01 * seed}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pruned": pruned}))
+    text = report.write_report(tmp_path, study.PARTS)
+    assert "| suffix, after | 1 | 1, 0, 1 | 0.0200 ± 0.0100 |" in text
     for file in (tmp_path / "blocks").glob("*after*"):
         file.unlink()
     assert "higher with insert" not in report.write_report(tmp_path, study.PARTS)
