@@ -29,10 +29,10 @@ same FLOPs and decay at the end. Part rates finds the learning rates without an 
 **FLOPs** are those of a training step, forward and backward (`cost.count_flops`), without the frozen text
 encoders, whose features are computed once. Every caption counts as if it were the longest of the data, as on
 a GPU; a CPU computes somewhat less (`train.prompt_lengths`). The options of an arm may contain `--flops N`,
-which train.py does not know: the first step tells what a step costs, and the rest of N pays for the others
-(`steps_for`). The learning rate stays on its plateau (no decay), so that a run can be compared at any step of
-it, and the averaged weights (EMA) are judged. In part language and in the paper's table only ends are
-compared: there it decays.
+which train.py does not know: N, less what the base has spent, over the FLOPs of a step is the number of
+steps. The learning rate stays on its plateau (no decay), so that a run can be compared at any step of it, and
+the averaged weights (EMA) are judged. In part language and in the paper's table only ends are compared: there
+it decays.
 
 **What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
 those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
@@ -69,6 +69,7 @@ from lab.tables import score_table
 from lab.verdicts import measure
 from machine import pick_device, run_command
 from run import load_checkpoint, load_model, option_name, write_atomically
+from start import set_up
 from text_encoder import Prompts
 from train import parse_arguments, train
 from video import save_grid, to_uint8
@@ -328,16 +329,23 @@ def split_budget(arguments) -> tuple[list[str], float | None]:
     return arguments[:i] + arguments[i + 2 :], float(arguments[i + 1])
 
 
-def steps_for(budget, spent_before, spent, steps) -> int:
-    """How many steps a budget of FLOPs pays for, when the base had spent `spent_before` and after `steps`
-    steps `spent` was spent in all. Raises ValueError if not even one."""
-    per_step = (spent - spent_before) / steps
+def steps_for(budget, spent_before, per_step) -> int:
+    """How many steps a budget of FLOPs pays for, when the base has spent `spent_before`. Raises ValueError if
+    not even one."""
     total = round((budget - spent_before) / per_step)
     if total < 1:
         raise ValueError(
             f"a budget of {budget:.2e} FLOPs is less than the base has spent, {spent_before:.2e}"
         )
     return total
+
+
+def planned_steps(run: Path, arguments, budget, prompts_class) -> int:
+    """How many steps an arm takes with a budget of FLOPs, or with which it was begun."""
+    if (run / "args.json").is_file():
+        return json.loads((run / "args.json").read_text())["steps"]
+    tr = set_up(parse_arguments([*arguments, "--steps", "1"]), prompts_class)
+    return steps_for(budget, tr.flops_at(0), tr.flops)
 
 
 def check_same(run: Path, arguments, free):
@@ -365,28 +373,22 @@ def train_until(run: Path, arguments, steps, prompts_class):
 
 
 def train_arm(study: Study, part, arm, seed) -> Path:
-    """Train an arm, after those it continues from, or what is left of it -> its run. With a budget, the first
-    step is a training of its own, which says what a step costs. Raises ValueError if a run was begun with
-    other arguments."""
+    """Train an arm, after those it continues from, or what is left of it -> its run. Raises ValueError if a
+    run was begun with other arguments."""
     run = arm_path(study.runs, part, arm, seed)
     base = PARTS[part][arm].base
     arguments, budget = split_budget(arguments_of(study, part, arm, seed))
     arguments = [*arguments, "--out", str(run)]
-    spent_before = 0.0
     if base:
-        base_run = train_arm(study, part, base, seed)
-        arguments += ["--from", str(base_run)]
-        spent_before = load_model(base_run)[1]["flops"]
+        arguments += ["--from", str(train_arm(study, part, base, seed))]
     if (run / "args.json").is_file():
         check_same(run, arguments, ["steps"] if budget else [])
     prompts_class = PROMPTS_OF.get(arm, Prompts)
     print(f"{part}: {arm}, seed {seed}: python train.py {' '.join(arguments)}")
-    if not budget:
-        train_until(run, arguments, parse_arguments(arguments).steps, prompts_class)
-        return run
-    train_until(run, arguments, 1, prompts_class)
-    start = load_checkpoint(run)
-    steps = steps_for(budget, spent_before, start.metadata["flops"], start.trainer_state["step"])
+    if budget:
+        steps = planned_steps(run, arguments, budget, prompts_class)
+    else:
+        steps = parse_arguments(arguments).steps
     train_until(run, arguments, steps, prompts_class)
     return run
 

@@ -4,6 +4,7 @@ report against curves that were made up for it."""
 import json
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 
 from conftest import tiny_llm
 from lab import report, study, tables, verdicts
-from run import load_checkpoint
+from run import Run, load_checkpoint
 from text_encoder import NULL_PROMPT, Prompts
-from train import parse_arguments
+from train import parse_arguments, update_ema
 
 RESULTS = Path(study.__file__).parents[1] / "results"
 
@@ -98,11 +99,11 @@ def test_names_of_files_hold_no_signs():
 
 
 def test_steps_for_a_budget():
-    assert study.steps_for(1000, 0, 30, 3) == 100
-    assert study.steps_for(1000, 500, 510, 1) == 50
-    assert study.steps_for(1004, 500, 520, 2) == 50  # the closest
+    assert study.steps_for(1000, 0, 10) == 100
+    assert study.steps_for(1000, 500, 10) == 50
+    assert study.steps_for(1004, 500, 10) == 50  # the closest
     with pytest.raises(ValueError, match="less than the base has spent"):
-        study.steps_for(500, 500, 510, 1)
+        study.steps_for(500, 500, 10)
 
 
 @pytest.fixture
@@ -149,21 +150,22 @@ def test_arms_spend_their_budget(small_study, capsys, monkeypatch):
 @pytest.mark.slow
 def test_an_arm_that_was_stopped_ends_as_one_that_was_not(small_study, tmp_path, monkeypatch):
     whole = load_checkpoint(study.train_arm(small_study, "timing", "base", 0))
-    real_train, calls = study.train, []
+    calls = []
 
-    def stopped_train(args, prompts_class):
-        """As if Ctrl-C came in step 3 of the second training."""
-        calls.append(args.steps)
-        if len(calls) == 2:
-            args.steps = 3
-        return real_train(args, prompts_class)
+    def interrupted(ema, model, step, decay):
+        """Ctrl-C in the third step of the first training."""
+        update_ema(ema, model, step, decay)
+        calls.append(step)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(study, "train", stopped_train)
+    monkeypatch.setattr("train.update_ema", interrupted)
+    monkeypatch.setattr(Run, "stop", Run.stop.__wrapped__)  # this Ctrl-C is not one for the tests
     again = study.Study(tmp_path / "again", tmp_path / "again", None, "abc")
     with pytest.raises(KeyboardInterrupt):
         study.train_arm(again, "timing", "base", 0)
     resumed = load_checkpoint(study.train_arm(again, "timing", "base", 0))
-    assert len(calls) == 3 and calls[0] == 1 and calls[1] == calls[2] > 3
+    assert calls == list(range(whole.trainer_state["step"])) and len(calls) > 3
     assert resumed.trainer_state["step"] == whole.trainer_state["step"]
     for name, weight in whole.ema.state_dict().items():
         assert torch.equal(weight, resumed.ema.state_dict()[name]), name
