@@ -278,7 +278,7 @@ def blocks_table(found) -> str:
     return markdown_table([*titles, "removal cost, old", "removal cost, new"], rows)
 
 
-PRUNED = "Without the least important blocks, as many as the growth had added (`lab.blocks --prune`):"
+PRUNED = "Without the least important blocks (`lab.blocks --prune`):"
 
 
 def pruned_table(found) -> str:
