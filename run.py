@@ -25,6 +25,7 @@ import json
 import math
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -65,11 +66,13 @@ METADATA = ("config", *DEFAULTS, "llm", "llm_features")  # entries of a header; 
 
 
 def write_atomically(path: Path, text: str):
-    """Write a text file whole or not at all: beside its place, then renamed."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    fsync(new)
-    new.replace(path)
+    """Write a text file whole or not at all: beside its place, then renamed. Several processes may write the
+    same one."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        new.write_text(text)
+        fsync(new)
+        new.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------------

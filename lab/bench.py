@@ -353,14 +353,15 @@ def bench_train(bench) -> list[dict]:
             rows.append({"model": label, "step": "skipped, because the time is over"})
             continue
         torch.compiler.reset()
+        sides = None  # the memory of the model before is free
         try:
             sides, memory = make_sides(config, count, with_peers, bench)
+            times = alternate(sides, bench.repeats)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             rows.append({"model": label, "step": "out of memory"})
             continue
-        times = alternate(sides, bench.repeats)
         flops = count * count_flops(DiT(config), [TEXT_LENGTH])
         for side, seconds in times.items():
             row = {"model": label, "step": side, "clips/s": count / np.median(seconds)}

@@ -46,14 +46,15 @@ data="--data both --words varied --clips 32768"
 base="$data --batch 128 --steps 8000 --every 2000 --decay 0 --keep"
 larger="--patch 2 --frames 16 --width 2"
 grown="$data --batch 64 --every 3000 --keep --grow llm"
-actors="--count 100" scores="--count 200" study= scale="--clips 98304 --batch 64" budgets="--budgets 4 16"
+actors="--count 100" scores="--count 200" study=--no-report
+scale="--clips 98304 --batch 64 --budgets 4 16 --tune"
 if [[ $quick ]]; then
     runs=$out/runs results=$out/results bases=("0:base") rates=("0:lora, 0.003") table=("0:lora")
     data="--data both --clips 16 --batch 4 --no-compile"
     base="$data --preset nano --depth 1 --frames 4 --size 16 --steps 4 --every 2 --decay 0 --keep"
     larger="--patch 2 --frames 8 --width 2"
     grown="$data --every 2 --keep --grow llm"
-    actors="--count 4" scores="--count 4 --steps 1" study="--quick" scale="--quick" budgets="--budgets 1 --seeds 0"
+    actors="--count 4" scores="--count 4 --steps 1" study="--no-report --quick" scale="--quick --budgets 1 --seeds 0"
 fi
 
 pack() { # leaves in OUT what is there so far
@@ -64,9 +65,9 @@ pack() { # leaves in OUT what is there so far
 trap pack EXIT
 
 side_by_side() { # PART PROCESS ...: trains and scores arms of the study, as many as there is time for
-    pack
-    (($(left 120) > 0)) || return 0
-    local options="--parts $1 --minutes $(in_minutes $(left 120)) --runs $runs/study --results $results"
+    (($(left 200) > 0)) || return 0
+    pack & # beside the rest
+    local options="--parts $1 --minutes $(in_minutes $(left 200)) --runs $runs/study --results $results"
     local process fields threads=$((($(nproc) + $# - 2) / ($# - 1)))
     for process in "${@:2}"; do
         IFS=: read -ra fields <<< "$process"
@@ -75,10 +76,11 @@ side_by_side() { # PART PROCESS ...: trains and scores arms of the study, as man
     wait # for all; one that fails has said why, and stops nothing else
 }
 
-window() { # OPTIONS: trains arms of the window of growth, if there is time
-    pack
-    (($(left 60) > 0)) || return 0
-    python -m lab.scale $scale "$@" --minutes $(in_minutes $(left 60)) --runs $runs/scale --out $results/scale-on-a-gpu
+window() { # trains arms of the window of growth, if there is time
+    (($(left 180) > 0)) || return 0 # it draws and reads captions for a minute
+    pack &
+    python -m lab.scale $scale --minutes $(in_minutes $(left 60)) --runs $runs/scale --out $results/scale-on-a-gpu
+    wait
 }
 
 run() { # trains the run $1 with options $2, or what is left of it
@@ -93,8 +95,7 @@ side_by_side gpu-rates "${bases[0]}"
 side_by_side gpu-rates "${rates[@]}"
 side_by_side gpu-table "${bases[@]}"
 side_by_side gpu-table "${table[@]}"
-[[ $quick ]] || window --tune --budgets 4
-window $budgets
+window
 if [[ ! -f $results/actors/pretrained.json ]]; then
     if [[ ! -d $runs/pretrained ]]; then
         pack

@@ -532,7 +532,7 @@ def make_parser():
     budgets = f"times {BUDGET:g} FLOPs (1 4 16 64)"
     add("--budgets", nargs="+", type=float, default=[1, 4, 16, 64], help=budgets)
     names = "; ".join(ARMS).replace("%", "%%")
-    add("--arms", nargs="+", metavar="ARM", choices=ARMS, default=list(ARMS), help=f"of: {names} (all)")
+    add("--arms", nargs="*", metavar="ARM", choices=ARMS, default=list(ARMS), help=f"of: {names} (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--out", help="folder for the JSON files (results/scale, or runs/scale-quick)")
     add("--runs", help="folder for checkpoints of the plateaus (runs/scale, or runs/scale-quick)")
@@ -541,7 +541,8 @@ def make_parser():
     blocks = f"of {SMALL}, {MIDDLE} and {LARGE} blocks"
     add("--rates", nargs=3, type=float, default=list(RATES.values()), help=f"learning rates {blocks}")
     add("--minutes", type=float, default=math.inf, help="stop then; call again to continue (off)")
-    add("--tune", action="store_true", help="compare learning rates at the smallest budget, first seed (off)")
+    tune = "first compare learning rates: smallest budget, first seed; with a bare --arms nothing else (off)"
+    add("--tune", action="store_true", help=tune)
     add("--quick", action="store_true", help="tiny sizes: see that everything works, learn nothing (off)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     return parser
@@ -560,8 +561,7 @@ def main(argv=None):
     scale = open_scale(args)
     if args.tune:
         tune(scale, min(args.budgets), args.seeds[0], deadline)
-    else:
-        run_budgets(scale, args.budgets, args.arms, args.seeds, deadline)
+    run_budgets(scale, args.budgets, args.arms, args.seeds, deadline)
 
 
 if __name__ == "__main__":

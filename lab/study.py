@@ -57,6 +57,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -288,7 +289,7 @@ def arm_arguments(part, arm, seed, quick=False) -> list[str]:
     """The arguments of an arm, without folders; `quick` replaces its sizes by tiny ones."""
     base, options = PARTS[part][arm]
     if quick:
-        options = re.sub(r"--(flops|steps|every|clips) \S+", "", options) + " --quick --clips 16 --steps 2"
+        options = re.sub(r"--(flops|steps|every|clips) \S+", "", options) + " --quick --clips 16 --steps 5"
         if base is None:
             options += " --frames 4 --size 16"
     return [*options.split(), "--seed", str(seed)]
@@ -372,24 +373,33 @@ def train_until(run: Path, arguments, steps, prompts_class):
         raise KeyboardInterrupt
 
 
+def run_folder(study: Study, part, arm, seed) -> Path:
+    """Where the run of an arm is. The base of the paper's table is that of its learning rates."""
+    shared = RATES_OF.get(part, part) if arm == "base" else part
+    return arm_path(study.runs, shared, arm, seed)
+
+
 def train_arm(study: Study, part, arm, seed) -> Path:
-    """Train an arm, after those it continues from, or what is left of it -> its run. Raises ValueError if a
-    run was begun with other arguments."""
-    run = arm_path(study.runs, part, arm, seed)
+    """Train an arm, after those it continues from, or what is left of it -> its run. Of several processes
+    that need the same arm one trains it, and the others wait. Raises ValueError if a run was begun with other
+    arguments."""
+    run = run_folder(study, part, arm, seed)
     base = PARTS[part][arm].base
     arguments, budget = split_budget(arguments_of(study, part, arm, seed))
     arguments = [*arguments, "--out", str(run)]
     if base:
         arguments += ["--from", str(train_arm(study, part, base, seed))]
-    if (run / "args.json").is_file():
-        check_same(run, arguments, ["steps"] if budget else [])
-    prompts_class = PROMPTS_OF.get(arm, Prompts)
-    print(f"{part}: {arm}, seed {seed}: python train.py {' '.join(arguments)}")
-    if budget:
-        steps = planned_steps(run, arguments, budget, prompts_class)
-    else:
-        steps = parse_arguments(arguments).steps
-    train_until(run, arguments, steps, prompts_class)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(run.with_name(f"{run.name}.lock")):
+        if (run / "args.json").is_file():
+            check_same(run, arguments, ["steps"] if budget else [])
+        prompts_class = PROMPTS_OF.get(arm, Prompts)
+        print(f"{part}: {arm}, seed {seed}: python train.py {' '.join(arguments)}")
+        if budget:
+            steps = planned_steps(run, arguments, budget, prompts_class)
+        else:
+            steps = parse_arguments(arguments).steps
+        train_until(run, arguments, steps, prompts_class)
     return run
 
 
@@ -455,7 +465,10 @@ def make_parser():
     add("--runs", help="folder for the runs (runs/study, or runs/study-quick)")
     add("--results", help="folder for the JSON files and the report (results, or runs/study-quick)")
     add("--quick", action="store_true", help="all arms in a minute or two; nothing is learned")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--report", action="store_true", help="train nothing, report what is there")
+    add("--no-report", action="store_true", help="write no report: several processes would do it at once")
+    add = parser.add_argument
     add(
         "--take",
         metavar="OUT",
@@ -499,7 +512,8 @@ def main(argv=None):
         reader = Reader().eval() if args.quick else get_reader(device=pick_device("auto"))
         study = Study(runs, results, reader, find_revision(), args.quick)
         run_study(study, args.parts, args.arms, args.seeds[:1] if args.quick else args.seeds, deadline)
-    print(write_report(results, PARTS))
+    if not args.no_report:
+        print(write_report(results, PARTS))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ from run import (
     option_name,
     save_checkpoint,
     save_model,
+    write_atomically,
 )
 from text_encoder import TextEncoder
 
@@ -557,6 +558,19 @@ def test_a_run_that_died_in_its_first_step_is_resumed_exactly(tmp_path, encoder_
 def test_a_run_is_not_written_over(whole, encoder_name):
     with pytest.raises(ValueError, match="holds a run already: give --resume"):
         run_training(whole, encoder_name)
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    """The other one writes it between the first one's writing and renaming. Nothing else is left."""
+    path = tmp_path / "file"
+
+    def meanwhile(file):
+        monkeypatch.setattr(run_module, "fsync", lambda file: None)
+        write_atomically(path, "theirs")
+
+    monkeypatch.setattr(run_module, "fsync", meanwhile)
+    write_atomically(path, "ours")
+    assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(copy_of_whole, encoder_name):

@@ -113,7 +113,7 @@ def test_other_arguments_are_refused(quick, whole):
 
 def test_tuning_trains_each_size_from_scratch(quick, whole, tmp_path):
     """With the rate that the arms have, the same losses come out; a second call makes what is missing."""
-    folder = f"--budgets 1 --seeds 3 --tune --out {tmp_path}"
+    folder = f"--budgets 1 --seeds 3 --tune --arms --out {tmp_path}"
     quick("tuned", folder)
     files = {path.name: path for path in (tmp_path / "rates").iterdir()}
     assert len(files) == 9
@@ -212,11 +212,13 @@ def test_every_depth_trains_at_its_own_rate(name):
 
 
 def test_tuning_takes_the_smallest_budget_and_the_first_seed(monkeypatch):
+    """All arms come after it."""
     seen = []
     monkeypatch.setattr(scale, "open_scale", lambda args: "scale")
-    monkeypatch.setattr(scale, "tune", lambda *a: seen.append(a))
+    for name in ("tune", "run_budgets"):
+        monkeypatch.setattr(scale, name, lambda *a, name=name: seen.append((name, *a[:-1])))
     scale.main(["--tune", "--budgets", "16", "4", "--seeds", "2", "3"])
-    assert seen[0][:3] == ("scale", 4, 2)
+    assert seen == [("tune", "scale", 4, 2), ("run_budgets", "scale", [16, 4], list(scale.ARMS), [2, 3])]
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -147,6 +148,25 @@ def test_arms_spend_their_budget(small_study, capsys, monkeypatch):
         study.run_arm(small_study, "timing", "insert", 0)
 
 
+def test_one_process_trains_an_arm_and_others_wait(tmp_path, monkeypatch):
+    """The base of the table is that of its learning rates, whose processes it would meet."""
+    here, trained = study.Study(tmp_path, tmp_path, None, "", quick=True), []
+
+    def note(run, *rest):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(run.with_name(f"{run.name}.lock")).acquire(timeout=0)
+        trained.append(str(run.relative_to(tmp_path)))
+
+    monkeypatch.setattr(study, "planned_steps", lambda *a: 5)
+    monkeypatch.setattr(study, "train_until", note)
+    for part in ("rates", "table"):
+        study.train_arm(here, part, "base", 2)
+    study.train_arm(here, "table", "lora", 2)
+    study.train_arm(here, "growth", "base", 2)
+    assert trained == ["rates/base-2", "rates/base-2", "rates/base-2", "table/lora-2", "growth/base-2"]
+    filelock.FileLock(tmp_path / "rates" / "base-2.lock").acquire(timeout=0)
+
+
 @pytest.mark.slow
 def test_an_arm_that_was_stopped_ends_as_one_that_was_not(small_study, tmp_path, monkeypatch):
     whole = load_checkpoint(study.train_arm(small_study, "timing", "base", 0))
@@ -194,6 +214,9 @@ def test_the_quick_study_runs_every_kind_of_arm(tmp_path, monkeypatch, encoder_n
     monkeypatch.setattr(study, "train", None)
     study.main(["--report", *folders])
     assert (tmp_path / "results" / "README.md").read_bytes() == text
+    (tmp_path / "results" / "README.md").unlink()
+    study.main(["--quick", "--no-report", "--parts", "growth", "--arms", "base", *folders])
+    assert not (tmp_path / "results" / "README.md").exists()
     with pytest.raises(ValueError, match="no arm is called 'x'"):
         study.main(["--quick", "--arms", "x"])
 

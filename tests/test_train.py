@@ -327,7 +327,7 @@ class NotingStore(RowStore):
         return super().pinned(index)
 
 
-TENSOR = torch.arange(16).view(4, 2, 2)  # of four rows
+TENSOR = torch.arange(16, dtype=torch.uint8).view(4, 2, 2)  # of four rows, as clips are
 
 
 def test_rows_on_the_cpu():
