@@ -312,11 +312,11 @@ def step_cases(bench) -> list:
         return [("quick", QUICK, 2, True)]
     if not bench.gpu:
         return [("tiny", PRESETS["tiny"], 32, False), ("width 256, 6 blocks", PEER, 16, True)]
-    cases = [("width 256, 6 blocks", PEER, 128, True)]
-    for name, config in PRESETS.items():
+    cases = []
+    for name, config in reversed(PRESETS.items()):  # the largest first: the last may be skipped
         count = {"nano": 64, "tiny": 32, "small": 32}.get(name, 16)
         cases.append((name, config, count, name == "small"))
-    return cases
+    return [*cases, ("width 256, 6 blocks", PEER, 128, True)]
 
 
 def make_sides(config, count, with_peers, bench) -> tuple[dict, dict]:

@@ -5,9 +5,8 @@ One that would begin after the time is over is skipped, and so is a model of the
 
     values           of the kernel and of sdpa, and their gradients, against float64
     attention        the kernel against sdpa and each of its backends
-    train.py         its own FLOP/s against those of the bare step, and the seconds to its first step, after
-                     imports
-    whole run        `python train.py` with its defaults, from an empty cache to the end
+    train.py         `python train.py` with its defaults, from an empty cache to the end; the seconds to its
+                     first step, after imports; its FLOP/s against those of the bare step
     steps            a training step of every preset, eager, compiled and captured, beside the peers
 
 With --quick the same runs with tiny sizes, also on a CPU. Left out: several GPUs; power; profiles.
@@ -44,7 +43,6 @@ from lab.bench import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHES = ("MODELGROW_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 QUICK_OPTIONS = "--quick --clips 16 --batch 2 --steps 10"
-SMALL_OPTIONS = "--preset small --data both --clips 8192 --batch 32 --steps 300 --every 1000"
 VALUE_SHAPES = {  # with whole tiles, with cut ones, and with masked keys
     "even": (2, 4, 256, 256, 64),
     "odd": (2, 4, 200, 200, 128),
@@ -111,10 +109,10 @@ def run_train(bench, options: str) -> dict:
 
 
 def train_speed(bench) -> list[dict]:
-    """train.py's own FLOP/s against those of the bare step of the same preset and batch, whose prompts may be
-    shorter."""
-    row = run_train(bench, QUICK_OPTIONS if bench.quick else SMALL_OPTIONS)
-    config, batch = (QUICK, 2) if bench.quick else (PRESETS["small"], 32)
+    """`python train.py` with its defaults, and its FLOP/s against those of the bare step of the same preset
+    and batch, whose prompts may have another length."""
+    row = run_train(bench, QUICK_OPTIONS if bench.quick else "")
+    config, batch = (QUICK, 2) if bench.quick else (PRESETS["tiny"], 32)
     step = training_step(our_model(config, compiled=not bench.quick), config, batch, bench)
     if bench.gpu:
         step = captured(step)
@@ -123,16 +121,10 @@ def train_speed(bench) -> list[dict]:
     return [{**row, "TFLOP/s of the bare step": bare, "share of it": row["TFLOP/s"] / bare}]
 
 
-def whole_run(bench) -> list[dict]:
-    """`python train.py` with its defaults."""
-    return [run_train(bench, QUICK_OPTIONS if bench.quick else "")]
-
-
 SECTIONS = {
     "values": kernel_values,
     "attention": bench_attention,
     "train.py": train_speed,
-    "whole run": whole_run,
     "steps": bench_train,
 }
 
