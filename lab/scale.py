@@ -31,9 +31,10 @@ that budget, where the warm-up takes up to 28 %, and the decay of 8 blocks has 7
 train at the same time, each in a CUDA stream with its own recorded step: a step of these models does not fill
 a GPU. On a CPU the same code trains one after the other.
 
-**What is kept.** One JSON file per budget, arm and seed. What is there is skipped, so the command can be
-stopped and called again. Budgets come from small to large, and all seeds of one before the next.
-`python -m lab.study --report` makes the figure and the tables from these files (lab/report.py).
+**What is kept.** One JSON file per budget, arm and seed. What is there is skipped, and what --minutes stopped
+continues where it was, so the command can be called again and again. Budgets come from small to large, and
+all seeds of one before the next. `python -m lab.study --report` makes the figure and the tables from these
+files (lab/report.py).
 
 Left out: the seconds that an arm takes, since arms share the device; sizes above preset nano; growth twice.
 """
@@ -44,6 +45,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -313,8 +315,19 @@ def is_done(scale: Scale, job: Job) -> bool:
     return True
 
 
+def job_folder(scale: Scale, job: Job) -> Path:
+    """Where the checkpoints of a plateau are, or that of an arm which was stopped before its end."""
+    return job.folder or scale.runs / result_file(scale, job).stem
+
+
+def find_stopped(scale: Scale, job: Job) -> Path | None:
+    """The checkpoint of an arm that was stopped before its end; None if there is none."""
+    found = job_folder(scale, job).glob("step-*[0-9]") if job.arm else ()
+    return max(found, key=step_of, default=None)
+
+
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint of a plateau."""
+    """The step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -341,7 +354,7 @@ def plateau_jobs(scale: Scale, jobs: list[Job], budgets) -> list[Job]:
 
 
 def check_begun(folder: Path, arguments):
-    """Raise ValueError if a plateau was begun with other arguments; write them down if it is new."""
+    """Raise ValueError if a job was begun with other arguments; write them down if it is new."""
     file = folder / "arguments.json"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -391,15 +404,17 @@ def new_stream(device) -> torch.cuda.Stream | None:
 def begin(scale: Scale, job: Job) -> Stretch:
     """Prepare a job, on a GPU in a stream of its own."""
     args = parse_arguments([*job.arguments, *(["--from", str(job.start)] if job.grows else [])])
-    if job.start and not job.grows:
-        args.resume, args.out = True, str(job.start)
+    check_begun(job_folder(scale, job), [*job.base, *job.arguments])
+    stopped = find_stopped(scale, job)
+    if stopped or (job.start and not job.grows):
+        args.resume, args.out = True, str(stopped or job.start)
     stream = new_stream(scale.device)
     with torch.cuda.stream(stream):
         start = first_checkpoint(scale, args)
         tr = build(args, start, scale.data, scale.prompts, scale.device)
         step, curve = tr.trainer_state["step"], tr.trainer_state.get("curve", [])
         stretch = Stretch(job, args, tr, step, curve, make_step(tr, args.accumulate), stream)
-        if not curve or (job.arm and curve[-1]["step"] < step):
+        if not curve or (job.arm and not stopped and curve[-1]["step"] < step):
             validate(scale, stretch)
     return stretch
 
@@ -435,18 +450,18 @@ def advance(scale: Scale, stretch: Stretch):
         if is_point(stretch.step, job.steps, job.decay):
             validate(scale, stretch)
         if stretch.step in job.marks:
-            keep(stretch)
+            keep(scale, stretch)
 
 
-def keep(stretch: Stretch):
-    """Write the checkpoint of a plateau."""
+def keep(scale: Scale, stretch: Stretch):
+    """Write a checkpoint of a job."""
     checkpoint = snapshot(stretch.args, stretch.tr, stretch.step, seconds=0.0, curve=stretch.curve)
-    save_checkpoint(stretch.job.folder / f"step-{stretch.step}", checkpoint)
+    save_checkpoint(job_folder(scale, stretch.job) / f"step-{stretch.step}", checkpoint)
 
 
 def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
     """Train jobs, AT_ONCE at the same time. Yields each that has ended. When `deadline` (by
-    time.monotonic) is over, plateaus are saved as they are, and other jobs that are under way are lost."""
+    time.monotonic) is over, those that are under way are saved as they are."""
     waiting, running = list(jobs), []
     with tqdm(unit="step") as bar:
         while (waiting or running) and time.monotonic() < deadline:
@@ -459,13 +474,12 @@ def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
             running = [stretch for stretch in running if stretch.step < stretch.job.stop]
             yield from ended
     for stretch in running:
-        if stretch.job.folder:
-            with torch.cuda.stream(stretch.stream):
-                keep(stretch)
+        with torch.cuda.stream(stretch.stream):
+            keep(scale, stretch)
 
 
 def write_result(scale: Scale, stretch: Stretch):
-    """The JSON file of an arm that has ended."""
+    """The JSON file of an arm that has ended, in place of its checkpoints."""
     job, tr = stretch.job, stretch.tr
     config = tr.model.config
     before = tr.trainer_state["flops_before"]
@@ -487,6 +501,7 @@ def write_result(scale: Scale, stretch: Stretch):
     file = result_file(scale, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result))
+    shutil.rmtree(job_folder(scale, job))
     print(f"{job.title}: {stretch.step} steps, loss {stretch.curve[-1]['val_loss']:.4f}", flush=True)
 
 
@@ -535,7 +550,7 @@ def make_parser():
     add("--arms", nargs="*", metavar="ARM", choices=ARMS, default=list(ARMS), help=f"of: {names} (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--out", help="folder for the JSON files (results/scale, or runs/scale-quick)")
-    add("--runs", help="folder for checkpoints of the plateaus (runs/scale, or runs/scale-quick)")
+    add("--runs", help="folder for checkpoints (runs/scale, or runs/scale-quick)")
     add("--clips", type=int, help="to train on; all calls need as many (a tenth of what --budgets show)")
     add("--batch", type=int, default=16, help="clips per step (16)")
     blocks = f"of {SMALL}, {MIDDLE} and {LARGE} blocks"

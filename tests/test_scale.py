@@ -1,6 +1,7 @@
 """lab/scale.py and its report: arms against train.py itself, budgets, stops, and the numbers of the report
 against curves that have a closed form."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -22,13 +23,13 @@ FEW = (
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory, encoder_name):
-    """The command with few arms of few steps -> a function (name of a folder, options) that runs it and
+    """The command with few arms of few steps -> a function (name of a folder, options, arms) that runs it and
     returns the results {file name: content}."""
 
-    def run(name, options):
+    def run(name, options, arms=FEW):
         folder = root / name
         options = f"--quick --device cpu --out {folder}/out --runs {folder}/runs {options}"
-        scale.main([*options.split(), "--arms", *FEW])
+        scale.main([*options.split(), "--arms", *arms])
         return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*"))}
 
     root = tmp_path_factory.mktemp("scale")
@@ -39,6 +40,7 @@ def quick(tmp_path_factory, encoder_name):
         patch.setattr(scale, "QUICK_UNIT", 1.3e8)  # 7 steps of the small model
         patch.setattr(scale.gc, "freeze", lambda: None)
         patch.setattr(scale, "find_revision", lambda: "abc")
+        run.root = root
         yield run
 
 
@@ -78,19 +80,31 @@ def test_an_arm_is_a_run_of_train(arm, whole, tmp_path):
     assert result["tokens"] == steps * 4 * 8  # clips of a step, and tokens of 4 frames of 16 x 16
 
 
+@pytest.fixture
+def a_second_a_step(monkeypatch):
+    """A clock on which a second passes with every step, in place of time.monotonic."""
+    seconds = itertools.count()
+    monkeypatch.setattr(scale, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+
+
+def test_an_arm_continues_where_it_was_stopped(whole, quick, a_second_a_step):
+    """Calls that are each shorter than any stretch of training come to the same end."""
+    arms = ("never grown", "doubled at 25 %, plain copies")
+    kept = set()
+    for _ in range(12):
+        files = quick("short", "--budgets 2 --seeds 3 --minutes 0.06", arms)
+        runs = quick.root / "short" / "runs"
+        kept |= {path.parent.name for path in runs.glob("*/step-*")}
+    assert kept == {"plateau-4-3", *(Path(name).stem for name in files)}  # each arm was stopped
+    assert len(files) == 2 and files.items() <= whole.items()
+    assert not list(runs.glob("2-*"))  # the checkpoint of an arm goes when its result is there
+
+
 @pytest.mark.slow
-def test_stops_change_nothing(whole, quick, monkeypatch):
+def test_stops_change_nothing(whole, quick, monkeypatch, a_second_a_step):
     """The same files come out if the command is stopped again and again, if a budget is added later, and if
     two arms train at the same time."""
-    calls = []
-
-    def clock():
-        """Seconds that pass by one a step, in place of time.monotonic."""
-        calls.append(None)
-        return len(calls)
-
     monkeypatch.setitem(scale.AT_ONCE, "cpu", 2)
-    monkeypatch.setattr(scale, "time", SimpleNamespace(monotonic=clock))
     counts = []
     for budgets, seconds in (("1", 2), ("1", 1), ("1", 8), ("1", 1000), ("1 2", 6), ("1 2", 1000)):
         files = quick("stopped", f"--budgets {budgets} --seeds 3 --minutes {seconds / 60}")
