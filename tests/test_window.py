@@ -15,7 +15,9 @@ def made_up(arm, seed, budget, loss, base=0.0, curve=()):
     flops = 100.0 * budget * (0.5 if "additional" in arm else 1)
     points = [*curve, (100, flops, loss)]
     keys = ("step", "flops", "val_loss")
-    result = {"arm": arm, "seed": seed, "budget": budget, "arguments": ["--clips", "9", "--batch", "2"]}
+    rate = "0.0015" if base else "0.003"
+    arguments = ["--clips", "9", "--batch", "2", "--lr", rate]
+    result = {"arm": arm, "seed": seed, "budget": budget, "arguments": arguments, "base": []}
     result |= {"revision": "abc", "machine": "m", "tokens": 5000 * budget, "parameters": 1000}
     result |= {"flops": flops, "base_flops": base * flops}
     return result | {"curve": [dict(zip(keys, point, strict=True)) for point in points]}
@@ -133,7 +135,8 @@ def test_tables_of_the_report(scale_report):
     row = next(line for line in text.split("Budget 16: ")[1].splitlines() if line.startswith("| doubled"))
     assert f"| doubled at 50 % | 100 | {(low + high) / 2:.4f} ± {0.008 * loss:.4f} | {gain} | " in row
     assert "| 3.05 ± 0.00 | " in row and row.endswith(" | 50, 50, 50 | 80 |")
-    assert "Budget 16: 1.6e+03 FLOPs (9 clips, 2 a step, seeds 0, 1, 2):" in text
+    details = "9 clips, 2 a step, learning rate 0.0015 or 0.003, seeds 0, 1, 2"
+    assert f"Budget 16: 1.6e+03 FLOPs ({details}):" in text
     assert "| doubled at 50 % | everywhere, everywhere, everywhere | everywhere, everywhere, " in text
     gaps = [8 * c**-0.2 - 16 * c**-0.3 for c in (400, 1600)]
     flops = math.exp(math.log(400) + math.log(4) * gaps[0] / (gaps[0] - gaps[1]))
@@ -179,7 +182,7 @@ def test_seeds_that_are_under_way_do_not_count(scale_report):
     for file in (folder / "scale").glob("64-large from scratch-*"):
         file.unlink()
     text = report.write_report(folder, study.PARTS)
-    assert "Budget 4: 4e+02 FLOPs (9 clips, 2 a step, seeds 0, 2):" in text
+    assert "learning rate 0.0015 or 0.003, seeds 0, 2):" in text.split("Budget 4: ")[1]
     row = next(line for line in text.splitlines() if line.startswith("| doubled at 50 % | everywhere"))
     assert row.count("everywhere") == 2  # of seeds 0 and 2, beside *never grown*
     for file in (folder / "scale").iterdir():
@@ -191,7 +194,7 @@ def test_seeds_that_are_under_way_do_not_count(scale_report):
 
 def with_rate(result, rate, base=None):
     """A result with these peak learning rates."""
-    result["arguments"] += ["--lr", rate]
+    result["arguments"][-1] = rate
     return result | {"base": ["--lr", base] if base else []}
 
 
