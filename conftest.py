@@ -12,7 +12,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from dit import DiT, DiTConfig
-from run import Checkpoint, Run
+from run import Checkpoint, Run, Signals
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same examples always
 settings.load_profile("same")
@@ -33,15 +33,15 @@ def private_cache(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="session")
 def signals_end_the_tests():
     """A training takes SIGTERM or Ctrl-C as a wish to save and stop. Inside a test, the tests end too."""
-    stop = Run.stop
+    stop = Signals.stop
 
     @functools.wraps(stop)
-    def stop_and_pass_on(run, number, frame):
-        stop(run, number, frame)
+    def stop_and_pass_on(signals, number, frame):
+        stop(signals, number, frame)
         os.kill(os.getpid(), number)  # again, now that the handlers are those of pytest
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "stop", stop_and_pass_on)
+        patch.setattr(Signals, "stop", stop_and_pass_on)
         yield
 
 

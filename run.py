@@ -364,6 +364,31 @@ class Diverged(ValueError):
         self.step = step
 
 
+class Signals:
+    """Ctrl-C and SIGTERM as a wish to save and stop."""
+
+    def __init__(self):
+        self.asked = False  # whether this process was asked to stop
+        self.handlers = {}  # of signals, as they were before
+
+    def listen(self):
+        """From here on the first signal is a wish."""
+        if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.stop)
+
+    def stop(self, number, frame):
+        """The signal handler: note the wish. A second signal acts as usual."""
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        """Let signals act as they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+
 class Run:
     """The directory of a run while it is trained: `with Run(folder) as run:`.
 
@@ -380,9 +405,8 @@ class Run:
         self.losses: list[torch.Tensor] = []  # of the steps since the last line, on the training device
         self.step = 0  # steps done
         self.total = math.inf  # steps to do; --minutes fixes it after the first ones
-        self.asked = False  # whether this process was asked to stop
+        self.signals = Signals()
         self.stopped = False  # whether the run was stopped before its end; the same in all processes
-        self.handlers = {}  # of signals, as they were before the run
         self.started = time.perf_counter()
         self.last_log = 0, 0.0  # step and seconds
         self.pause_seconds = 0.0  # what the last validation took
@@ -408,7 +432,7 @@ class Run:
         return self
 
     def __exit__(self, *_):
-        self.restore_signals()
+        self.signals.restore()
         if self.writer and self.is_new and self.is_empty():
             shutil.rmtree(self.folder, ignore_errors=True)  # a start that failed: others may take the name
         self.lock.release()
@@ -416,17 +440,6 @@ class Run:
     def is_empty(self) -> bool:
         """Whether the folder holds nothing, or only the lock."""
         return all(path.name == "lock" for path in self.folder.iterdir())
-
-    def stop(self, number, frame):
-        """The signal handler: stop after this step. A second signal acts as usual."""
-        self.asked = True
-        self.restore_signals()
-
-    def restore_signals(self):
-        """Let signals act as they did before the run."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
 
     def seconds(self) -> float:
         """How long the run has been trained, earlier parts included."""
@@ -456,9 +469,7 @@ class Run:
         if self.writer:
             write_atomically(self.folder / "args.json", json.dumps(args, indent=1))
             write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
-        if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.stop)
+        self.signals.listen()
 
     def check_longer(self, args: dict, trainer_state: dict):
         """Raise ValueError if a run is to end after minutes that are over; print a note if it had begun its
@@ -488,7 +499,7 @@ class Run:
         bar = tqdm(None, "training", known, unit="step", initial=self.step, disable=not self.writer)
         with bar as self.bar:
             while self.step < self.total:
-                if self.agree(self.asked):
+                if self.agree(self.signals.asked):
                     self.stopped = True
                     return
                 self.bar.total = None if self.total == math.inf else self.total

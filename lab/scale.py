@@ -31,10 +31,10 @@ that budget, where the warm-up takes up to 28 %, and the decay of 8 blocks has 7
 train at the same time, each in a CUDA stream with its own recorded step: a step of these models does not fill
 a GPU. On a CPU the same code trains one after the other.
 
-**What is kept.** One JSON file per budget, arm and seed. What is there is skipped, and what --minutes stopped
-continues where it was, so the command can be called again and again. Budgets come from small to large, and
-all seeds of one before the next. `python -m lab.study --report` makes the figure and the tables from these
-files (lab/report.py).
+**What is kept.** One JSON file per budget, arm and seed. What is there is skipped, and what --minutes or
+Ctrl-C stopped continues where it was, so the command can be called again and again. Budgets come from small
+to large, and all seeds of one before the next. `python -m lab.study --report` makes the figure and the tables
+from these files (lab/report.py).
 
 Left out: the seconds that an arm takes, since arms share the device; sizes above preset nano; growth twice.
 """
@@ -61,7 +61,7 @@ from dit import PRESETS, DiT
 from flow import T_BINS, loss_by_timestep, validation_batches
 from lab.study import BUDGET, find_revision, machine_name
 from machine import RESIDENT_SHARE, pick_device, run_command
-from run import DEFAULTS, Checkpoint, Diverged, save_checkpoint, write_atomically
+from run import DEFAULTS, Checkpoint, Diverged, Signals, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point
 from text_encoder import NULL_PROMPT, Features, Prompts, encode, located, make_encoder
 from train import Batch, learning_rate, make_step, parse_arguments, random_batch, update_ema
@@ -459,12 +459,12 @@ def keep(scale: Scale, stretch: Stretch):
     save_checkpoint(job_folder(scale, stretch.job) / f"step-{stretch.step}", checkpoint)
 
 
-def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
-    """Train jobs, AT_ONCE at the same time. Yields each that has ended. When `deadline` (by
-    time.monotonic) is over, those that are under way are saved as they are."""
+def run_jobs(scale: Scale, jobs: list[Job], is_over: Callable[[], bool]):
+    """Train jobs, AT_ONCE at the same time. Yields each that has ended. When `is_over()` is true, those that
+    are under way are saved as they are."""
     waiting, running = list(jobs), []
     with tqdm(unit="step") as bar:
-        while (waiting or running) and time.monotonic() < deadline:
+        while (waiting or running) and not is_over():
             while waiting and len(running) < AT_ONCE.get(scale.device.type, 1):
                 running.append(begin(scale, waiting.pop(0)))
             for stretch in running:
@@ -476,6 +476,7 @@ def run_jobs(scale: Scale, jobs: list[Job], deadline=math.inf):
     for stretch in running:
         with torch.cuda.stream(stretch.stream):
             keep(scale, stretch)
+        print(f"{stretch.job.title}: saved at step {stretch.step}; the same command continues", flush=True)
 
 
 def write_result(scale: Scale, stretch: Stretch):
@@ -505,20 +506,20 @@ def write_result(scale: Scale, stretch: Stretch):
     print(f"{job.title}: {stretch.step} steps, loss {stretch.curve[-1]['val_loss']:.4f}", flush=True)
 
 
-def run_budgets(scale: Scale, budgets, arms, seeds, deadline=math.inf):
+def run_budgets(scale: Scale, budgets, arms, seeds, is_over):
     """Train what is not there yet: for each budget the plateaus as far as `arms` need them, then `arms`."""
     for budget in sorted(budgets):
         jobs = [arm_job(scale, name, budget, seed) for name in arms for seed in seeds]
         jobs = [job for job in jobs if not is_done(scale, job)]
-        for stretch in run_jobs(scale, plateau_jobs(scale, jobs, budgets), deadline):
+        for stretch in run_jobs(scale, plateau_jobs(scale, jobs, budgets), is_over):
             print(f"{stretch.job.title}: {stretch.step} steps", flush=True)
-        if time.monotonic() > deadline:
+        if is_over():
             return  # a plateau may not be there yet
-        for stretch in run_jobs(scale, jobs, deadline):
+        for stretch in run_jobs(scale, jobs, is_over):
             write_result(scale, stretch)
 
 
-def tune(scale: Scale, budget, seed, deadline=math.inf):
+def tune(scale: Scale, budget, seed, is_over):
     """Train each size from scratch with other learning rates; the results go into a folder of their own."""
     scale = replace(scale, results=scale.results / "rates")
     jobs = []
@@ -530,7 +531,7 @@ def tune(scale: Scale, budget, seed, deadline=math.inf):
             name = f"{depth} blocks, rate {factor * rate:g}"
             jobs.append(Job(arguments, None, steps, steps, decay, name, budget, seed))
     jobs = [job for job in jobs if not is_done(scale, job)]
-    for stretch in run_jobs(scale, jobs, deadline):
+    for stretch in run_jobs(scale, jobs, is_over):
         write_result(scale, stretch)
 
 
@@ -574,9 +575,18 @@ def main(argv=None):
                 raise ValueError(f"--{name} is {value:g}; it must be more than zero")
     deadline += 60 * args.minutes
     scale = open_scale(args)
-    if args.tune:
-        tune(scale, min(args.budgets), args.seeds[0], deadline)
-    run_budgets(scale, args.budgets, args.arms, args.seeds, deadline)
+    signals = Signals()
+
+    def is_over():
+        return signals.asked or time.monotonic() >= deadline
+
+    signals.listen()
+    try:
+        if args.tune:
+            tune(scale, min(args.budgets), args.seeds[0], is_over)
+        run_budgets(scale, args.budgets, args.arms, args.seeds, is_over)
+    finally:
+        signals.restore()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from run import (
     Checkpoint,
     Diverged,
     Run,
+    Signals,
     find_checkpoint,
     load_checkpoint,
     load_model,
@@ -495,14 +496,14 @@ def test_one_process_that_is_asked_stops_all(tmp_path):
 
 
 def test_signals_act_as_before_after_the_first_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "stop", Run.stop.__wrapped__)  # without what conftest.py adds
+    monkeypatch.setattr(Signals, "stop", Signals.stop.__wrapped__)  # without what conftest.py adds
     before = signal.getsignal(signal.SIGTERM)
     with Run(tmp_path) as run:
         assert signal.getsignal(signal.SIGTERM) == before  # nothing could be saved yet
         run.begin({"steps": 9, "minutes": None, "decay": 0.3}, BEGIN)
         assert signal.getsignal(signal.SIGTERM) != before
         os.kill(os.getpid(), signal.SIGTERM)
-        assert run.asked and signal.getsignal(signal.SIGTERM) == before
+        assert run.signals.asked and signal.getsignal(signal.SIGTERM) == before
         assert list(run.steps()) == [] and run.stopped
 
 

@@ -4,6 +4,7 @@ against curves that have a closed form."""
 import itertools
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 
 from conftest import train_without_pictures
 from lab import report, scale, study, window
+from run import Signals
 from text_encoder import Prompts
 
 FEW = (
@@ -98,6 +100,26 @@ def test_an_arm_continues_where_it_was_stopped(whole, quick, a_second_a_step):
     assert kept == {"plateau-4-3", *(Path(name).stem for name in files)}  # each arm was stopped
     assert len(files) == 2 and files.items() <= whole.items()
     assert not list(runs.glob("2-*"))  # the checkpoint of an arm goes when its result is there
+
+
+def test_ctrl_c_lets_it_save(whole, quick, monkeypatch, capsys):
+    """It finishes the step, and the next call comes to the same end."""
+    advance = scale.advance
+
+    def interrupted(world, stretch):
+        if stretch.job.arm and stretch.step == 12:
+            signal.raise_signal(signal.SIGINT)
+        advance(world, stretch)
+
+    before = signal.getsignal(signal.SIGINT)
+    call = "interrupted", "--budgets 2 --seeds 3", ["never grown"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Signals, "stop", Signals.stop.__wrapped__)  # this Ctrl-C is not one for the tests
+        patch.setattr(scale, "advance", interrupted)
+        assert quick(*call) == {}
+    assert "budget 2, never grown, seed 3: saved at step 13; the same command" in capsys.readouterr().out
+    assert quick(*call) == {"2-never-grown-3.json": whole["2-never-grown-3.json"]}
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow

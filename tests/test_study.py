@@ -14,7 +14,7 @@ import torch
 
 from conftest import tiny_llm
 from lab import report, study, tables, verdicts
-from run import Run, load_checkpoint
+from run import Signals, load_checkpoint
 from text_encoder import NULL_PROMPT, Prompts
 from train import parse_arguments, update_ema
 
@@ -180,7 +180,7 @@ def test_an_arm_that_was_stopped_ends_as_one_that_was_not(small_study, tmp_path,
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("train.update_ema", interrupted)
-    monkeypatch.setattr(Run, "stop", Run.stop.__wrapped__)  # this Ctrl-C is not one for the tests
+    monkeypatch.setattr(Signals, "stop", Signals.stop.__wrapped__)  # this Ctrl-C is not one for the tests
     again = study.Study(tmp_path / "again", tmp_path / "again", None, "abc")
     with pytest.raises(KeyboardInterrupt):
         study.train_arm(again, "timing", "base", 0)

@@ -602,7 +602,7 @@ def test_losses_are_plotted_over_rising_timesteps(tmp_path, encoder_name, monkey
 def log_and_ask_at_15(run, *arguments, log=Run.log, **numbers):
     """`Run.log`, and a wish to stop after step 15."""
     log(run, *arguments, **numbers)
-    run.asked = run.step == 15
+    run.signals.asked = run.step == 15
 
 
 # --------------------------------------------------------------------------------------------------------
