@@ -260,7 +260,7 @@ def budget_lines(found, budget) -> list[str]:
     arguments = result["arguments"]
     clips, batch = (arguments[arguments.index(name) + 1] for name in ("--clips", "--batch"))
     seeds = ", ".join(map(str, by_seed))
-    rates = " or ".join(sorted({rates_of(each) for every in arms.values() for each in every.values()}))
+    rates = " or ".join(sorted({rates_of(each) for results in arms.values() for each in results.values()}))
     details = f"{clips} clips, {batch} a step, learning rate {rates}, seeds {seeds}"
     text = [f"Budget {budget:g}: {total_flops(arms)} ({details}):"]
     text.append(budget_table(found, budget))

@@ -102,6 +102,14 @@ def test_an_arm_continues_where_it_was_stopped(whole, quick, a_second_a_step):
     assert not list(runs.glob("2-*"))  # the checkpoint of an arm goes when its result is there
 
 
+def test_a_stopped_arm_continues_with_its_own_arguments_only(quick, a_second_a_step):
+    options, arms = "--budgets 1 --seeds 3 --minutes 0.06", ["half more at 25 %"]
+    for _ in range(2):  # the plateau; then the arm, which is stopped
+        assert quick("half", options, arms) == {}
+    with pytest.raises(ValueError, match="1-half-more-at-25-3 was begun with other --clips"):
+        quick("half", f"{options} --rates 0.003 0.001 0.003", arms)
+
+
 def test_ctrl_c_lets_it_save(whole, quick, monkeypatch, capsys):
     """It finishes the step, and the next call comes to the same end."""
     advance = scale.advance
