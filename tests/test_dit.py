@@ -31,6 +31,14 @@ def test_patches_keep_pixels_together():
     assert torch.equal(patch, x[1, :, 2:4, 4:8, 8:12])
 
 
+@pytest.mark.parametrize(
+    "shape, message", [((5, 8, 8), "frames is 5"), ((4, 9, 8), "size is 9"), ((4, 8, 10), "size is 10")]
+)
+def test_clips_that_patches_do_not_fill_are_refused(shape, message):
+    with pytest.raises(ValueError, match=f"{message}; this model needs a positive multiple of"):
+        dit.patchify(torch.zeros(1, 3, *shape), SMALL)
+
+
 def test_positions_are_in_the_order_of_tokens():
     t, y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), torch.arange(12.0), indexing="ij")
     tokens, grid = dit.patchify(torch.stack([t, y, x])[None], SMALL)
@@ -288,6 +296,7 @@ def test_weights_begin_uniform_within_the_bounds_of_xavier():
         ({"heads": 24}, "width 24 must be an even multiple of heads 24"),
         ({"depth": 0}, "depth is 0"),
         ({"depth": 1025}, "depth is 1025"),
+        ({"width": 65537}, "width is 65537; it must be an integer from 1 to 65536"),
         ({"size": 18}, "size is 18; this model needs a positive multiple of 4"),
         ({"frames": True}, "frames is True"),
         ({"width": 24.0}, "width is 24.0"),
