@@ -88,12 +88,12 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 def compiles(device: torch.device) -> bool:
     """Whether torch.compile works here, found out with a tiny function: that takes seconds. It is tried on
     Linux alone. It fails without the headers of Python or a C++ compiler that is new enough, in a path with
-    spaces, where temporary files must not be run, and on old GPUs."""
+    spaces, where temporary files must not be written or run, and on old GPUs."""
     if sys.platform != "linux":
         return False
     try:
         torch.compile(torch.nn.functional.silu)(torch.ones(8, device=device))
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return False
     return True
 

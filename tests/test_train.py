@@ -658,13 +658,19 @@ def test_defaults_are_filled_in():
     assert (args.preset, args.every) == ("tiny", 1500)
 
 
-@pytest.mark.parametrize(("system", "fails"), [("linux", False), ("linux", True), ("darwin", False)])
-def test_steps_are_compiled_where_torch_can(system, fails, encoder_name, monkeypatch, capsys):
+NO_HEADERS = torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no Python.h"), None)
+NO_CACHE = PermissionError("where TORCHINDUCTOR_CACHE_DIR points")
+
+
+@pytest.mark.parametrize(
+    ("system", "error"), [("linux", None), ("linux", NO_HEADERS), ("linux", NO_CACHE), ("darwin", None)]
+)
+def test_steps_are_compiled_where_torch_can(system, error, encoder_name, monkeypatch, capsys):
     """Elsewhere they run as they are, and it is said: without Python's headers, for example, g++ fails."""
 
     def stand_in(function):
-        if fails:
-            raise torch._dynamo.exc.BackendCompilerFailed(function, RuntimeError("no Python.h"), None)
+        if error:
+            raise error
         return function
 
     monkeypatch.setattr(machine.sys, "platform", system)
@@ -674,7 +680,7 @@ def test_steps_are_compiled_where_torch_can(system, fails, encoder_name, monkeyp
     monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
     tr = set_up_training(encoder_name, "--compile")
     machine.compiles.cache_clear()
-    works = system == "linux" and not fails
+    works = system == "linux" and not error
     assert compiled == (list(tr.model.blocks) if works else [])
     assert ("python3-dev" in capsys.readouterr().out) != works
 
