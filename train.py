@@ -361,7 +361,13 @@ def train(args, prompts_class=Prompts) -> Path:
                 rate = learning_rate(tr.peak, step, run.total, args.warmup, args.decay, tr.lr_before)
                 tr.lr.fill_(rate)
                 batch = random_batch(tr, args.seed, tr.steps_before + step, args.batch)
-                loss = one_step(batch)
+                try:
+                    loss = one_step(batch)
+                except RuntimeError:
+                    if parallel.WORLD > 1 or not run.signals.asked:
+                        raise
+                    run.stopped = True  # Ctrl-C in a terminal also ends the compiler that a step waits for
+                    break
                 update_ema(tr.ema, tr.model, tr.steps_before + step, args.ema)
                 run.log(loss, args.batch, lr=rate, flops=tr.flops_at(step + 1))
                 timed = run.step >= run.first + TIMED_STEPS and run.step % LOG_EVERY == 0

@@ -633,6 +633,37 @@ def test_a_run_that_is_asked_to_stop_saves(tmp_path, encoder_name, longer, numbe
     assert same_run(run, longer)
 
 
+def test_ctrl_c_ends_the_compiler_too(tmp_path, encoder_name, longer, monkeypatch):
+    """A terminal sends it to the compiler that a step waits for too. The run is saved before that step."""
+
+    def without_compiler(tr, accumulate):
+        step = itertools.count()
+
+        def one_step(batch):
+            if next(step) == 23:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("C++ compile error")
+            return train.training_step(tr, batch)
+
+        return one_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Signals, "stop", Signals.stop.__wrapped__)  # this Ctrl-C is not one for the tests
+        patch.setattr(train, "make_step", without_compiler)
+        run = run_training(tmp_path / "run", encoder_name, LONGER)
+    assert load_checkpoint(run).trainer_state["step"] == 23
+    assert same_run(resume_training(run), longer)
+
+
+def test_an_error_of_a_step_is_none_of_the_signals(tmp_path, encoder_name, monkeypatch):
+    def one_step(batch):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(train, "make_step", lambda tr, accumulate: one_step)
+    with pytest.raises(RuntimeError, match="out of order"):
+        run_training(tmp_path / "run", encoder_name)
+
+
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, encoder_name):
     """Runs are killed at random places, at first before there is anything to resume. What comes out is what
