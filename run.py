@@ -23,6 +23,7 @@ Left out: training states of earlier steps, uploads, loggers other than a file o
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -278,19 +279,22 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint):
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """A run or checkpoint directory -> all of it, on the CPU. Without a training state the weights are those
-    of the EMA. Raises FileNotFoundError or ValueError."""
+    of the EMA. Raises FileNotFoundError or ValueError, also if a training replaces it in the meantime."""
     directory = find_checkpoint(path)
+    before = directory.stat()
     ema, metadata = load_model(directory)
     model = copy.deepcopy(ema)
     file = directory / "train_state.safetensors"
-    if not file.exists():
-        return Checkpoint(model, ema, {}, metadata, {})
+    optimizer_state, trainer_state = {}, {}
     try:
-        optimizer_state = read_train_tensors(file, model)
-        trainer_state = read_trainer_state(file.with_suffix(".json"))
+        if file.exists():
+            optimizer_state = read_train_tensors(file, model)
+            trainer_state = read_trainer_state(file.with_suffix(".json"))
     except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit its model: {type(error).__name__} {reason}") from None
+    if not directory.exists() or not os.path.samestat(before, directory.stat()):
+        raise ValueError(f"{directory} was replaced by a training while it was read: try again")
     return Checkpoint(model, ema, optimizer_state, metadata, trainer_state)
 
 

@@ -116,6 +116,24 @@ def test_weights_alone_can_be_continued_from(tmp_path):
     assert (loaded.optimizer_state, loaded.trainer_state) == ({}, {})
 
 
+def test_two_checkpoints_are_not_mixed(tmp_path, monkeypatch):
+    """A training saves after the first file was read. The next reading takes the new checkpoint whole."""
+    save_checkpoint(tmp_path / "checkpoint", some_checkpoint())
+
+    def meanwhile(path):
+        monkeypatch.undo()
+        loaded = load_model(path)
+        later = some_checkpoint()
+        later.trainer_state["step"] = 80
+        save_checkpoint(tmp_path / "checkpoint", later)
+        return loaded
+
+    monkeypatch.setattr(run_module, "load_model", meanwhile)
+    with pytest.raises(ValueError, match="was replaced by a training while it was read: try again"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path).trainer_state["step"] == 80
+
+
 def test_other_files_are_refused(tmp_path):
     save_model(tmp_path, random_model().state_dict(), replace(SMALL, width=48))
     with pytest.raises(ValueError, match="does not fit its own config: blocks"):
