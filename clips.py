@@ -17,8 +17,8 @@ that file depends on the video's path, size and time of change, on the shape and
 on `CLIPS_VERSION`. Training reads the clips of a batch from there, so a data set may exceed the memory.
 
 **Bad files** and bad lines of metadata are skipped, with a name and a reason. If they are more than a share
-of all (`--max-bad`), nothing is trained. The next start tries bad files again, since the machine may be the
-reason.
+of all (`--max-bad`), nothing is trained. The next run tries bad files again, since the machine may be the
+reason. A resumed run does not: it goes on with the clips that it began with.
 
 **Passed over**, with a note: hidden folders, links to folders, runs, samples and previews of this project,
 and text files that could be meant as captions but are not read.
@@ -475,9 +475,10 @@ class Scan:
     notes: list[str]
 
 
-def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) -> Scan:
-    """Find the clips and captions of a folder, and decode what is not in the cache yet. One scan serves both
-    parts of `FolderDataset`. Raises OSError or ValueError, with a one-line message for user errors."""
+def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS, skipped=()) -> Scan:
+    """Find the clips and captions of a folder, and decode what is not in the cache yet. Clips whose names, as
+    they are printed, are in `skipped` are passed over. One scan serves both parts of `FolderDataset`. Raises
+    OSError or ValueError, with a one-line message for user errors."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
@@ -485,7 +486,9 @@ def scan(root: Path | str, frames: int = 8, size: int = 32, fps: float = FPS) ->
         raise ValueError(f"there are no clips of {frames} frames of {size} pixels at {fps:g} a second")
     found, problems, passed_over = find_clips(root)
     captions, bad_captions, notes = read_captions(root, found)
-    places = {name: cache_place(root / name, frames, size, fps) for name in found if name in captions}
+    skipped = set(skipped)
+    wanted = [name for name in found if name in captions and printable(name) not in skipped]
+    places = {name: cache_place(root / name, frames, size, fps) for name in wanted}
     entries, failed = decode_new(root, places, frames, size, fps)
     problems = [*problems, *bad_captions, *failed.items()]
     problems = [(printable(what), printable(why)) for what, why in problems]

@@ -328,6 +328,8 @@ def read_trainer_state(file: Path) -> dict:
     check_step(state.get("total", 0), "total")
     if not all(type(loss) is float for loss in state.get("losses", ())):
         raise ValueError("losses must be a list of numbers")
+    if not all(type(name) is str for name in state.get("skipped", ())):
+        raise ValueError("skipped must be a list of names")
     return state
 
 

@@ -159,8 +159,9 @@ class Data(NamedTuple):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_data(args, config, fps: float, history: list[dict], device) -> Data:
-    """The clips to train on, and those held out. Raises ValueError or OSError with a one-line message."""
+def open_data(args, config, fps: float, history: list[dict], device, skipped=()) -> Data:
+    """The clips to train on, and those held out. Files of a folder that are named in `skipped` are passed
+    over. Raises ValueError or OSError with a one-line message."""
     few = min(args.clips or VALIDATION_CLIPS, VALIDATION_CLIPS)
     shape = {"frames": config.frames, "size": config.size}
     if args.data in SETS:
@@ -171,7 +172,7 @@ def open_data(args, config, fps: float, history: list[dict], device) -> Data:
         held_out = {"val_loss": ToyDataset(args.data, few, seed=1, **shape, **style)}
         shown = list(PROMPTS)
     else:
-        scanned = scan(Path(args.data), **shape, fps=fps)
+        scanned = scan(Path(args.data), **shape, fps=fps, skipped=skipped)
         how = {"caption_style": args.captions, "max_bad": args.max_bad, "validation": args.validation}
         clips = FolderDataset(scanned, "train", count=args.clips, **how)
         held_out = {"val_loss": FolderDataset(scanned, "validation", count=few, **how)}
@@ -246,7 +247,8 @@ def set_up(args, prompts_class=Prompts) -> Training:
         share = max(1, BATCH // parallel.WORLD)
         say_what_is_trained(args, device, args.batch or share * parallel.WORLD)
     with parallel.first_process_first():
-        data = open_data(args, config, metadata["fps"], history, device)
+        skipped = start.trainer_state.get("skipped", ()) if args.resume else ()
+        data = open_data(args, config, metadata["fps"], history, device, skipped)
     if parallel.RANK == 0:
         for note in data.clips.notes:
             print(f"note: {note}")
@@ -306,7 +308,7 @@ def build(args, start: Checkpoint, data: Data, prompts: Prompts, device) -> Trai
         compile_blocks(model, device)
     clips = RowStore(data.clips.videos, device)
     args.batch = args.batch or pick_batch(args, model, clips, prompts, precision)
-    state = first_state(args, start, data.fingerprint(), base_lr)
+    state = first_state(args, start, data, base_lr)
     lr.fill_(state["lr"])  # a checkpoint before the first step says it too
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if scaler.is_enabled() and state.get("scaler"):
@@ -393,9 +395,13 @@ def make_optimizer(model, optimizer_state: dict, lr: torch.Tensor) -> torch.opti
     return optimizer
 
 
-def first_state(args, start: Checkpoint, fingerprint: str, base_lr: float) -> dict:
-    """The trainer state from which the run continues. Raises ValueError if a resumed run had other clips."""
-    state = start.trainer_state
+def first_state(args, start: Checkpoint, data: Data, base_lr: float) -> dict:
+    """The trainer state from which the run continues. Raises ValueError if a resumed run had other clips, or
+    if another process has."""
+    state, fingerprint = start.trainer_state, data.fingerprint()
+    number = int(fingerprint[:12], 16)  # a float64 holds it
+    if parallel.agree(number) != -parallel.agree(-number):
+        raise ValueError(f"the processes do not find the same clips in {args.data}: start them again")
     if args.resume:
         if state.get("data", fingerprint) != fingerprint:
             raise ValueError(
@@ -411,4 +417,5 @@ def first_state(args, start: Checkpoint, fingerprint: str, base_lr: float) -> di
         "lr": rate,
         "base_lr": base_lr,
         "data": fingerprint,
+        "skipped": [what for what, _ in data.clips.problems],
     }

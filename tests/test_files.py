@@ -27,7 +27,8 @@ def good_checkpoint():
         optimizer_state[name] = {"step": torch.tensor(40.0), "exp_avg": p / 2, "exp_avg_sq": p.square()}
     metadata = {**DEFAULTS, "history": [TRAINED, GROWN], "new": ["final.bias"], "flops": 10**12}
     state = dict.fromkeys(("seconds", "flops_before", "lr_before", "lr", "base_lr"), 0.5)
-    state |= {"step": 40, "total": 60, "minutes": None, "losses": [0.5, 0.25], "data": "abc"}
+    state |= {"step": 40, "total": 60, "minutes": None, "losses": [0.5, 0.25]}
+    state |= {"data": "abc", "skipped": ["a.mp4"]}
     return Checkpoint(model, copy.deepcopy(model), optimizer_state, metadata, state)
 
 

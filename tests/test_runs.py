@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import decode
 import flow
+import parallel
 import run as run_module
 import train
 import validate
@@ -224,6 +226,7 @@ STATES = [
     ({"total": "many"}, "total is many"),
     ({"losses": [1, 2]}, "losses must be a list of numbers"),
     ({"losses": 7}, "TypeError"),
+    ({"skipped": [1]}, "skipped must be a list of names"),
 ]
 
 
@@ -791,6 +794,36 @@ def test_resume_wants_the_same_clips(tmp_path, encoder_name):
     other = f"--quick --from {run} --data basic --clips 16 --steps 2 --out {tmp_path / 'other'}"
     train_without_pictures(other.split())
     assert "old_val_loss" not in numbers(tmp_path / "other")[-1]
+
+
+def test_resume_skips_what_was_skipped(tmp_path, encoder_name, monkeypatch):
+    """A file that the machine was too busy to decode at first, and one that had no caption. A new run takes
+    them."""
+    root, run = tmp_path / "my", tmp_path / "run"
+    names = [f"{letter}.gif" for letter in "abcdefghijkl"]
+    write_gifs(root, *names)
+    (root / "b.txt").unlink()
+    schedule = decode.DecodingPool.schedule
+
+    def busy(pool, path):
+        return schedule(pool, path.with_name("nothing.gif") if path.name == "a.gif" else path)
+
+    argv = f"--quick --depth 1 --steps 2 --text {encoder_name} --data {root} --max-bad 0.2".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.DecodingPool, "schedule", busy)
+        train_without_pictures([*argv, "--out", str(run)])
+    write_gifs(root, *names)
+    assert numbers(resume_training(run, "--steps 3"))[-1]["step"] == 3
+    assert load_checkpoint(run).trainer_state["skipped"] == ["b.gif", "a.gif"]
+    other = train_without_pictures([*argv, "--out", str(tmp_path / "other")])
+    assert load_checkpoint(other).trainer_state["skipped"] == []
+
+
+def test_all_processes_have_the_same_clips(tmp_path, encoder_name, monkeypatch):
+    """Another process has a smaller fingerprint."""
+    monkeypatch.setattr(parallel, "agree", lambda number: max(number, -7.0))
+    with pytest.raises(ValueError, match="the processes do not find the same clips in basic"):
+        run_training(tmp_path / "run", encoder_name)
 
 
 LONG_TEST = """
