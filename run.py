@@ -20,6 +20,7 @@ finishes the step and saves.
 Left out: training states of earlier steps, uploads, loggers other than a file of JSON lines.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -74,6 +75,21 @@ def write_atomically(path: Path, text: str):
         new.write_text(text)
         fsync(new)
         new.replace(path)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, instead: str):
+    """Let no other process train in `folder`. Raises ValueError if one does, and says what to do instead;
+    OSError where there are no locks, as in the file systems of some networks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        acquired = filelock.FileLock(folder / "lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"another process is training in {folder}: {instead}") from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be locked ({error.strerror}): {instead}") from None
+    with acquired:
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -425,23 +441,16 @@ class Run:
             begun = (self.folder / "args.json").is_file()  # else it comes from grow.py
             how = "give --resume, or" if begun else f"give --from {self.folder}, and"
             raise ValueError(f"{self.folder} holds a run already: {how} choose another --out")
-        self.lock = filelock.FileLock(self.folder / "lock")
+        self.locks = contextlib.ExitStack()
         if self.writer:
-            try:
-                self.lock.acquire(timeout=0)
-            except filelock.Timeout:
-                message = f"another process is training in {self.folder}: choose another --out"
-                raise ValueError(message) from None
-            except OSError as error:  # some networks' file systems have no locks
-                message = f"{self.folder} cannot be locked ({error.strerror}): choose an --out elsewhere"
-                raise OSError(message) from None
+            self.locks.enter_context(lock(self.folder, "choose another --out"))
         return self
 
     def __exit__(self, *_):
         self.signals.restore()
         if self.writer and self.is_new and self.is_empty():
             shutil.rmtree(self.folder, ignore_errors=True)  # a start that failed: others may take the name
-        self.lock.release()
+        self.locks.close()
 
     def is_empty(self) -> bool:
         """Whether the folder holds nothing, or only the lock."""

@@ -33,13 +33,14 @@ a GPU. On a CPU the same code trains one after the other.
 
 **What is kept.** One JSON file per budget, arm and seed. What is there is skipped, and what --minutes or
 Ctrl-C stopped continues where it was, so the command can be called again and again. Budgets come from small
-to large, and all seeds of one before the next. `python -m lab.study --report` makes the figure and the tables
-from these files (lab/report.py).
+to large, and all seeds of one before the next. If an arm diverges, the others still come to their end.
+`python -m lab.study --report` makes the figure and the tables from these files (lab/report.py).
 
 Left out: the seconds that an arm takes, since arms share the device; sizes above preset nano; growth twice.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -61,7 +62,7 @@ from dit import PRESETS, DiT
 from flow import T_BINS, loss_by_timestep, validation_batches
 from lab.study import BUDGET, find_revision, machine_name
 from machine import RESIDENT_SHARE, pick_device, run_command
-from run import DEFAULTS, Checkpoint, Diverged, Signals, save_checkpoint, write_atomically
+from run import DEFAULTS, Checkpoint, Diverged, Signals, lock, save_checkpoint, write_atomically
 from start import BASE_LR, Data, Training, build, new_config, open_data, starting_point
 from text_encoder import NULL_PROMPT, Features, Prompts, encode, located, make_encoder
 from train import Batch, learning_rate, make_step, parse_arguments, random_batch, update_ema
@@ -459,24 +460,53 @@ def keep(scale: Scale, stretch: Stretch):
     save_checkpoint(job_folder(scale, stretch.job) / f"step-{stretch.step}", checkpoint)
 
 
-def run_jobs(scale: Scale, jobs: list[Job], is_over: Callable[[], bool]):
-    """Train jobs, AT_ONCE at the same time. Yields each that has ended. When `is_over()` is true, those that
-    are under way are saved as they are."""
-    waiting, running = list(jobs), []
-    with tqdm(unit="step") as bar:
-        while (waiting or running) and not is_over():
-            while waiting and len(running) < AT_ONCE.get(scale.device.type, 1):
-                running.append(begin(scale, waiting.pop(0)))
+def run_jobs(scale: Scale, jobs: list[Job], is_over: Callable[[], bool]) -> list[str]:
+    """Train jobs, AT_ONCE at the same time -> the titles of those that diverged. When `is_over()` is true, or
+    after an error, those that are under way are saved as they are. Raises ValueError if another process
+    trains one of them."""
+    waiting, running, diverged = list(jobs), [], []
+    with contextlib.ExitStack() as locks, tqdm(unit="step") as bar:
+        try:
+            while (waiting or running) and not is_over():
+                while waiting and len(running) < AT_ONCE.get(scale.device.type, 1):
+                    job = waiting.pop(0)
+                    locks.enter_context(lock(job_folder(scale, job), "choose other --seeds or --runs"))
+                    running.append(begin(scale, job))
+                bar.update(len(running))
+                diverged += one_step_each(scale, running)
+        except RuntimeError:
+            if not is_over():  # Ctrl-C in a terminal also ends the compiler that a step waits for
+                raise
+        finally:
             for stretch in running:
-                advance(scale, stretch)
-            bar.update(len(running))
-            ended = [stretch for stretch in running if stretch.step == stretch.job.stop]
-            running = [stretch for stretch in running if stretch.step < stretch.job.stop]
-            yield from ended
-    for stretch in running:
-        with torch.cuda.stream(stretch.stream):
-            keep(scale, stretch)
-        print(f"{stretch.job.title}: saved at step {stretch.step}; the same command continues", flush=True)
+                with torch.cuda.stream(stretch.stream):
+                    keep(scale, stretch)
+                title = stretch.job.title
+                print(f"{title}: saved at step {stretch.step}; the same command continues", flush=True)
+    return diverged
+
+
+def one_step_each(scale: Scale, running: list[Stretch]) -> list[str]:
+    """One step of each stretch of `running`. What has come to its end leaves the list -> the titles of those
+    that diverged."""
+    diverged = []
+    for stretch in tuple(running):
+        title = stretch.job.title
+        try:
+            advance(scale, stretch)
+        except Diverged as error:
+            print(f"{title}: {error}", flush=True)
+            diverged.append(title)
+            running.remove(stretch)
+            continue
+        if stretch.step < stretch.job.stop:
+            continue
+        running.remove(stretch)
+        if stretch.job.arm:
+            write_result(scale, stretch)
+        else:
+            print(f"{title}: {stretch.step} steps", flush=True)
+    return diverged
 
 
 def write_result(scale: Scale, stretch: Stretch):
@@ -507,20 +537,22 @@ def write_result(scale: Scale, stretch: Stretch):
 
 
 def run_budgets(scale: Scale, budgets, arms, seeds, is_over):
-    """Train what is not there yet: for each budget the plateaus as far as `arms` need them, then `arms`."""
+    """Train what is not there yet: for each budget the plateaus as far as `arms` need them, then `arms`.
+    Raises ValueError if one diverges, when the others have come to their end."""
     for budget in sorted(budgets):
         jobs = [arm_job(scale, name, budget, seed) for name in arms for seed in seeds]
         jobs = [job for job in jobs if not is_done(scale, job)]
-        for stretch in run_jobs(scale, plateau_jobs(scale, jobs, budgets), is_over):
-            print(f"{stretch.job.title}: {stretch.step} steps", flush=True)
-        if is_over():
-            return  # a plateau may not be there yet
-        for stretch in run_jobs(scale, jobs, is_over):
-            write_result(scale, stretch)
+        for stage in (plateau_jobs(scale, jobs, budgets), jobs):
+            if diverged := run_jobs(scale, stage, is_over):
+                names = "; ".join(diverged)
+                raise ValueError(f"{names}: lower --rates, with another --out and another --runs")
+            if is_over():
+                return  # a plateau may not be there yet
 
 
 def tune(scale: Scale, budget, seed, is_over):
-    """Train each size from scratch with other learning rates; the results go into a folder of their own."""
+    """Train each size from scratch with other learning rates; the results go into a folder of their own. A
+    rate with which a size diverges has none."""
     scale = replace(scale, results=scale.results / "rates")
     jobs = []
     for depth, rate in scale.rates.items():
@@ -531,8 +563,7 @@ def tune(scale: Scale, budget, seed, is_over):
             name = f"{depth} blocks, rate {factor * rate:g}"
             jobs.append(Job(arguments, None, steps, steps, decay, name, budget, seed))
     jobs = [job for job in jobs if not is_done(scale, job)]
-    for stretch in run_jobs(scale, jobs, is_over):
-        write_result(scale, stretch)
+    run_jobs(scale, jobs, is_over)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from conftest import train_without_pictures
 from lab import report, scale, study, window
-from run import Signals
+from run import Diverged, Signals, lock
 from text_encoder import Prompts
 
 FEW = (
@@ -110,24 +110,79 @@ def test_a_stopped_arm_continues_with_its_own_arguments_only(quick, a_second_a_s
         quick("half", f"{options} --rates 0.003 0.001 0.003", arms)
 
 
-def test_ctrl_c_lets_it_save(whole, quick, monkeypatch, capsys):
-    """It finishes the step, and the next call comes to the same end."""
+@pytest.mark.parametrize("compiler", ["none", "ended"])
+def test_ctrl_c_lets_it_save(whole, quick, monkeypatch, capsys, compiler):
+    """It finishes the step, if Ctrl-C has not ended the compiler that the step waits for. The next call comes
+    to the same end."""
     advance = scale.advance
 
     def interrupted(world, stretch):
         if stretch.job.arm and stretch.step == 12:
             signal.raise_signal(signal.SIGINT)
+            if compiler == "ended":
+                raise RuntimeError("C++ compile error")
         advance(world, stretch)
 
+    step = 13 if compiler == "none" else 12
     before = signal.getsignal(signal.SIGINT)
-    call = "interrupted", "--budgets 2 --seeds 3", ["never grown"]
+    call = f"interrupted-{compiler}", "--budgets 2 --seeds 3", ["never grown"]
     with monkeypatch.context() as patch:
         patch.setattr(Signals, "stop", Signals.stop.__wrapped__)  # this Ctrl-C is not one for the tests
         patch.setattr(scale, "advance", interrupted)
         assert quick(*call) == {}
-    assert "budget 2, never grown, seed 3: saved at step 13; the same command" in capsys.readouterr().out
+    assert f"budget 2, never grown, seed 3: saved at step {step}; the same" in capsys.readouterr().out
     assert quick(*call) == {"2-never-grown-3.json": whole["2-never-grown-3.json"]}
     assert signal.getsignal(signal.SIGINT) == before
+
+
+PAIR = ["never grown", "large from scratch"]  # of 14 and 7 steps
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """Two arms train at the same time. A function (blocks, step, error): a model of so many blocks raises the
+    error in this step of an arm."""
+    advance = scale.advance
+    monkeypatch.setitem(scale.AT_ONCE, "cpu", 2)
+
+    def spoil(blocks, at, error):
+        def spoiled_advance(world, stretch):
+            if stretch.job.arm and (stretch.tr.model.config.depth, stretch.step) == (blocks, at):
+                raise error
+            advance(world, stretch)
+
+        monkeypatch.setattr(scale, "advance", spoiled_advance)
+
+    return spoil
+
+
+def test_other_arms_go_on_when_one_diverges(whole, quick, spoiled, capsys):
+    spoiled(8, 6, Diverged(6, math.nan))
+    with pytest.raises(ValueError, match=r"^budget 2, large from scratch, seed 3: lower --rates"):
+        quick("diverged", "--budgets 2 --seeds 3", PAIR)
+    assert "large from scratch, seed 3: the loss or its gradient is nan at step 7" in capsys.readouterr().out
+    assert [path.name for path in (quick.root / "diverged/out").iterdir()] == ["2-never-grown-3.json"]
+
+
+def test_an_error_of_one_arm_saves_the_others(whole, quick, spoiled):
+    spoiled(8, 6, RuntimeError("out of order"))
+    with pytest.raises(RuntimeError, match="out of order"):
+        quick("error", "--budgets 2 --seeds 3", PAIR)
+    kept = {path.parent.name: path.name for path in (quick.root / "error/runs").glob("2-*/step-*")}
+    assert kept == {"2-large-from-scratch-3": "step-6", "2-never-grown-3": "step-12"}
+    spoiled(0, 0, None)
+    files = quick("error", "--budgets 2 --seeds 3", PAIR)
+    assert len(files) == 2 and files.items() <= whole.items()
+
+
+def test_two_processes_do_not_train_the_same_arm(quick):
+    """Another one has the plateau. It can have another seed."""
+    with lock(quick.root / "locked/runs/plateau-4-3", ""):
+        message = "another process is training in .*plateau-4-3: choose other --seeds or --runs"
+        with pytest.raises(ValueError, match=message):
+            quick("locked", "--budgets 1 --seeds 3", ["never grown"])
+        assert len(quick("locked", "--budgets 1 --seeds 4", ["never grown"])) == 1
+    assert len(quick("locked", "--budgets 1 --seeds 3", ["never grown"])) == 2
 
 
 @pytest.mark.slow
@@ -173,6 +228,13 @@ def test_tuning_trains_each_size_from_scratch(quick, whole, tmp_path):
     quick("tuned", folder)
     changed = [name for name, path in files.items() if path.stat().st_mtime_ns != before[name]]
     assert changed == ["1-6-blocks-rate-0.006-3.json"]
+
+
+def test_a_rate_that_diverges_has_no_result(quick, spoiled, tmp_path):
+    spoiled(8, 2, Diverged(2, math.nan))
+    quick("tuned", f"--budgets 1 --seeds 3 --tune --out {tmp_path}", arms=[])
+    sizes = [int(path.name[2]) for path in (tmp_path / "rates").iterdir()]
+    assert sorted(sizes) == [4, 4, 4, 6, 6, 6]
 
 
 def test_features_in_memory_are_those_of_the_cache(encoder_name):
