@@ -16,7 +16,8 @@
 # in OUT (lab/parcel.py), also if it is stopped; `python -m lab.study --take OUT` puts it into its places. With
 # --quick everything runs at tiny sizes, also on a CPU, with results of its own. Nothing is downloaded.
 set -euo pipefail
-trap 'kill $(jobs -p) 2> /dev/null || true; wait; exit 130' INT TERM # what is stopped is saved first
+set -m # Ctrl-C in a terminal reaches this script alone, which asks what it has begun to save and stop
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; exit 130' HUP INT TERM
 out=${1:?usage: bash lab/on_gpu.sh OUT [--minutes 9] [--quick]}
 minutes=9 quick=
 shift
@@ -29,6 +30,10 @@ while (($#)); do
     shift
 done
 limit=$(python -c "print(int($minutes * 60))")
+program() { # runs python so that a signal to this script need not wait for its end
+    python "$@" &
+    wait $!
+}
 left() { echo $((limit - SECONDS - $1)); } # seconds, less some that are needed afterwards
 in_minutes() { python -c "print($1 / 60)"; }
 
@@ -59,19 +64,21 @@ fi
 
 pack() { # leaves in OUT what is there so far
     local trained=()
-    [[ -f $runs/pretrained/trained ]] && trained=($runs/pretrained-base $runs/pretrained)
-    python -m lab.parcel $out ${trained[@]+"${trained[@]}"} --results $results
+    [[ -f $runs/pretrained/trained ]] && trained=("$runs/pretrained-base" "$runs/pretrained")
+    python -m lab.parcel "$out" ${trained[@]+"${trained[@]}"} --results "$results"
 }
 trap pack EXIT
 
 side_by_side() { # PART PROCESS ...: trains and scores arms of the study, as many as there is time for
     (($(left 200) > 0)) || return 0
     pack & # beside the rest
-    local options="--parts $1 --minutes $(in_minutes $(left 200)) --runs $runs/study --results $results"
-    local process fields threads=$((($(nproc) + $# - 2) / ($# - 1)))
+    local minutes=$(in_minutes $(left 200))
+    local options=($study --parts "$1" --minutes "$minutes" --runs "$runs/study" --results "$results")
+    local process fields arms threads=$((($(nproc) + $# - 2) / ($# - 1)))
     for process in "${@:2}"; do
         IFS=: read -ra fields <<< "$process"
-        OMP_NUM_THREADS=$threads python -m lab.study $study $options --seeds ${fields[0]} --arms "${fields[@]:1}" &
+        arms=(--seeds ${fields[0]} --arms "${fields[@]:1}")
+        OMP_NUM_THREADS=$threads python -m lab.study "${options[@]}" "${arms[@]}" &
     done
     wait # for all; one that fails has said why, and stops nothing else
 }
@@ -79,15 +86,16 @@ side_by_side() { # PART PROCESS ...: trains and scores arms of the study, as man
 window() { # trains arms of the window of growth, if there is time
     (($(left 180) > 0)) || return 0 # it draws and reads captions for a minute
     pack &
-    python -m lab.scale $scale --minutes $(in_minutes $(left 60)) --runs $runs/scale --out $results/scale-on-a-gpu
+    local folders=(--runs "$runs/scale" --out "$results/scale-on-a-gpu")
+    program -m lab.scale $scale --minutes $(in_minutes $(left 60)) "${folders[@]}" || true # it has said why
     wait
 }
 
-run() { # trains the run $1 with options $2, or what is left of it
+run() { # NAME OPTION ...: trains a run, or what is left of it
     if [[ -d $runs/$1/checkpoint ]]; then
-        python train.py --resume --out $runs/$1
+        program train.py --resume --out "$runs/$1"
     else
-        python train.py $2 --out $runs/$1
+        program train.py "${@:2}" --out "$runs/$1"
     fi
 }
 
@@ -100,20 +108,20 @@ if [[ ! -f $results/actors/pretrained.json ]]; then
     if [[ ! -d $runs/pretrained ]]; then
         pack
         (($(left 260) > 0)) || exit 0 # the next call has the time
-        run pretrained-base "$base"
+        run pretrained-base $base
         if [[ ! -d $runs/larger/checkpoint ]]; then
-            rm -rf $runs/larger
-            python grow.py $runs/pretrained-base $larger --out $runs/larger
+            rm -rf "$runs/larger"
+            python grow.py "$runs/pretrained-base" $larger --out "$runs/larger"
         fi
     fi
     (($(left 160) > 0)) || exit 0
     if [[ $quick ]]; then long="--steps 4"; else long="--minutes $(in_minutes $(left 100))"; fi
-    run pretrained "$grown $long --from $runs/larger"
-    touch $runs/pretrained/trained # to its end: worth keeping
-    rm -f $results/pretrained/evaluation.{json,gif} # of the model before
+    run pretrained $grown $long --from "$runs/larger"
+    touch "$runs/pretrained/trained" # to its end: worth keeping
+    rm -f "$results"/pretrained/evaluation.{json,gif} # of the model before
     pack
-    mkdir -p $results/pretrained $results/actors
-    python -m lab.evaluate $runs/pretrained $scores --out $results/pretrained/evaluation.json
-    python -m lab.actors $runs/pretrained-base $runs/pretrained $actors --results $runs
-    mv $runs/actors/pretrained.json $results/actors/ # with all its points
+    mkdir -p "$results/pretrained" "$results/actors"
+    program -m lab.evaluate "$runs/pretrained" $scores --out "$results/pretrained/evaluation.json"
+    program -m lab.actors "$runs/pretrained-base" "$runs/pretrained" $actors --results "$runs"
+    mv "$runs/actors/pretrained.json" "$results/actors/" # with all its points
 fi

@@ -93,14 +93,16 @@ def recorded(tmp_path):
     """A function that runs lab/on_gpu.sh with another `python`: it writes its arguments down, runs the lines
     of bash it is given, and does nothing else -> (the exit status, [the arguments of each call])."""
 
-    def run_script(lines):
+    def run_script(lines, out="out"):
         python, calls = tmp_path / "python", tmp_path / "calls"
         note = f"(IFS='|'; echo \"$*\") >> {calls}\n[[ $1 == -c ]] && echo 540"
         python.write_text(f"#!/bin/bash\n{note}\n{lines}\nexit 0\n")
         python.chmod(0o755)
         environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-        command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / "out")]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / out)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         return done.returncode, [call.split("|") for call in calls.read_text().splitlines()]
 
     return run_script
@@ -114,10 +116,51 @@ def test_on_gpu_continues_from_nothing_that_was_stopped(recorded):
     assert len(calls) == begun + 2 and calls[-1][:2] == ["-m", "lab.parcel"]
 
 
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+
+asked = []
+
+def stop(number, frame):
+    asked.append(number)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+
+for each in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, stop)
+os.killpg(os.getpgid(os.getppid()), getattr(signal, sys.argv[1]))
+for _ in range(100):
+    time.sleep(0.1)
+    if asked:
+        time.sleep(1)  # it saves
+        Path("saved").touch()
+        break
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("program", ["$2 == lab.study", "$2 == lab.scale", "$1 == train.py"])
+def test_on_gpu_lets_save_what_is_stopped(recorded, tmp_path, program, number):
+    """Ctrl-C in a terminal, and the end of that terminal, reach a whole group of processes. What is trained
+    gets one signal, since a second one would end it."""
+    (tmp_path / "child.py").write_text(CHILD)
+    status, calls = recorded(
+        f"[[ {program} && ! -e asked ]] && touch asked && exec {sys.executable} child.py {number}"
+    )
+    assert (tmp_path / "saved").exists()
+    assert status == 130 and calls[-1][:2] == ["-m", "lab.parcel"]
+
+
+def test_on_gpu_takes_a_folder_with_spaces(recorded, tmp_path):
+    calls = recorded('[[ $1 == train.py ]] && mkdir -p "${@: -1}"', out="my out")[1]
+    assert ["-m", "lab.parcel", str(tmp_path / "my out"), "--results", "results"] in calls
+
+
 def test_on_gpu_trains_all_arms_of_the_table(recorded):
-    """An arm that fails stops no other part."""
+    """What fails in one part stops no other part."""
     status, calls = recorded("""
-        [[ $2 == lab.study ]] && exit 1
+        [[ $2 == lab.study || $2 == lab.scale ]] && exit 1
         [[ $1 == train.py ]] && mkdir -p "${@: -1}"
         [[ $2 == lab.actors ]] && mkdir -p runs/gpu/actors && touch runs/gpu/actors/pretrained.json
     """)
