@@ -76,7 +76,12 @@ def report(summary: Summary) -> list[str]:
     if summary.earlier:
         lines.append(f"blocks of earlier growths, by their new numbers: {' '.join(summary.earlier)}")
     files = "1 file" if summary.files == 1 else f"{summary.files} files"
-    lines.append(f"written: {summary.size / 1e6:,.1f} MB in {files}, peak memory {peak_memory()}")
+    if any(block.endswith(".0") for block in summary.new):
+        lines.append(
+            "block 0 is new: until it is trained, a cache that watches it (FirstBlockCache) skips all"
+        )
+    size, copied = f"{summary.size / 1e6:,.1f} MB in {files}", f"{summary.copied / 1e6:,.1f} MB"
+    lines.append(f"written: {size}; copied: {copied}; peak memory {peak_memory()}")
     return lines
 
 

@@ -42,6 +42,7 @@ nets and LoRA adapters, which name blocks of the base (`moved` gives their new n
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -163,12 +164,13 @@ RULES = {
     "Cosmos3OmniTransformer": (OMNI,),
 }
 
-# Entries of config.json that a class may have, and what else they would need.
-CONDITIONS = {
-    "CosmosTransformer3DModel": {
-        "extra_pos_embed_type": "every block adds the learnable positions, and so would a copy",
-        "controlnet_block_every_n": "a control net adds to blocks by index",
-    },
+LEARNABLE = "every block adds the learnable positions, and so would a copy"
+CONTROL_NET = "a control net adds to blocks by index"
+CONDITIONS = {  # class: entry of config.json that must be null, what diffusers takes if it is absent, and why
+    "CosmosTransformer3DModel": (
+        ("extra_pos_embed_type", "learnable", LEARNABLE),
+        ("controlnet_block_every_n", None, CONTROL_NET),
+    ),
 }
 
 EASY_LAYERS = 48  # EasyAnimate's num_layers and mmdit_layers where config.json has none
@@ -187,6 +189,8 @@ REFUSED = {
     "WanAnimate2Transformer3DModel": INDEXED + "its guidance skips block 9",
     "TransformerTemporalModel": "it is a part of a UNet, and no rule was tried",
     "WanModel": "it is in Wan's original format: convert it, or download the -Diffusers repository",
+    "HunyuanVideoTransformer3DModelPacked": "diffusers calls it HunyuanVideoFramepackTransformer3DModel:"
+    " write that name into config.json",
 }
 
 
@@ -198,9 +202,10 @@ def block_lists(name: str, config: dict) -> tuple[BlockList, ...]:
         raise ValueError(f"there is no rule for {name[:80]}; docs/real_models.md lists those that have one")
     if "quantization_config" in config:
         raise ValueError("a quantized checkpoint cannot be grown: take the original weights")
-    for entry, reason in CONDITIONS.get(name, {}).items():
-        if config.get(entry) is not None:
-            raise ValueError(f"{name} with {entry} {config[entry]!r} cannot be grown: {reason}")
+    for entry, default, reason in CONDITIONS.get(name, ()):
+        value = config.get(entry, default)
+        if value is not None:
+            raise ValueError(f"{name} with {entry} {value!r} cannot be grown: {reason}")
     layers = config.get("mmdit_layers", EASY_LAYERS)
     if name == "EasyAnimateTransformer3DModel" and layers < config.get("num_layers", EASY_LAYERS):
         raise ValueError(f"{name} with mmdit_layers below num_layers cannot be grown: its blocks differ")
@@ -269,6 +274,9 @@ def read_source(folder: Path) -> Source:
         weights = ", ".join(file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS)
         reason = "pickles, which may run any code, are never loaded, and GGUF is quantized"
         raise ValueError(f"{folder} has no .safetensors, only {weights or 'other files'}: {reason}")
+    shards = [file.name for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
+    if shards and not indices:
+        raise ValueError(f"{folder} has {shards[0]} without a .safetensors.index.json: download all files")
     first = (indices + files)[0]
     tensors = read_shards(folder, first) if indices else read_header(first)
     used = dict.fromkeys(entry.file for entry in tensors.values())
@@ -333,14 +341,16 @@ def blocks_of(source: Source, rule: BlockList) -> dict[int, dict[str, str]]:
     are as many as the config says, all alike, and made of parts that the rule knows."""
     count = source.config.get(rule.count)
     if type(count) is not int or count < 1:
-        raise ValueError(f"config.json must have a number {rule.count}; it has {str(count)[:80]}")
+        found = f"it has {str(count)[:80]}: write down how many {rule.name} there are"
+        raise ValueError(f"config.json must have a number {rule.count}; {found}")
     blocks = {}
     for tensor, entry in source.tensors.items():
         name, _, rest = tensor.partition(".")
         number, _, inner = rest.partition(".")
         if name == rule.name and number.isdecimal():
             if entry.dtype not in TYPES:
-                raise ValueError(f"{tensor} is {entry.dtype}: convert the model to bfloat16 first")
+                advice = "take weights that were never quantized, since their scales are lost in a cast"
+                raise ValueError(f"{tensor} is {entry.dtype}: {advice}")
             blocks.setdefault(int(number), {})[inner] = tensor
     if sorted(blocks) != list(range(count)):
         raise ValueError(f"{rule.count} is {count}, but the files hold {len(blocks)} {rule.name}")
@@ -385,6 +395,7 @@ class Summary(NamedTuple):
     earlier: list[str]  # those of earlier growths, which have moved; nothing tells whether they are trained
     size: int  # bytes of the grown weights
     files: int
+    copied: int  # bytes of other files
 
 
 def share_out(add, at, counts: dict[str, int]) -> dict[str, tuple[int, list[int]]]:
@@ -516,7 +527,7 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     or "suffix", as in grow.py. zero: "proj" or "gate"; None takes what the class has. at: numbers of blocks;
     each gets a copy right after it, instead of `add`. Raises ValueError or OSError, in one line."""
     folder, out = Path(folder), Path(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} is there already: name another folder")
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} would be a part of {folder}, which is copied: name a folder elsewhere")
@@ -541,7 +552,7 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             new = Path(temporary, out.name)
-            files = write_folder(folder, new, source, config, targets)
+            files, copied = write_folder(folder, new, source, config, targets)
             new.rename(out)
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
@@ -549,21 +560,24 @@ def grow(folder, out, add=None, where="insert", zero=None, at=None) -> Summary:
     before = sum(torch.Size(entry.shape).numel() for entry in source.tensors.values())
     after = sum(torch.Size(source.tensors[target.source].shape).numel() for target in targets)
     size = sum(source.tensors[target.source].size for target in targets)
-    return Summary(model_folder(out), changed, (before, after), blocks, earlier, size, files)
+    return Summary(model_folder(out), changed, (before, after), blocks, earlier, size, files, copied)
 
 
 # --------------------------------------------------------------------------------------------------------
 # Writing
 
 
-def write_folder(folder: Path, new: Path, source: Source, config: dict, targets: list[Target]) -> int:
-    """Write a grown model or pipeline to `new` -> the number of files of weights."""
+def write_folder(
+    folder: Path, new: Path, source: Source, config: dict, targets: list[Target]
+) -> tuple[int, int]:
+    """Write a grown model or pipeline to `new` -> the number of files of weights, and the bytes of others."""
     size = sum(source.tensors[target.source].size for target in targets)
     others = other_files(folder, source.folder)
-    needed = size + sum(file.stat().st_size for file in others)
+    copied = sum(file.stat().st_size for file in others)
     free = shutil.disk_usage(new.parent).free
-    if needed > free:
-        raise OSError(f"it takes {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
+    if size + copied > free:
+        needed = f"it takes {(size + copied) / 1e6:,.1f} MB"
+        raise OSError(f"{needed}, and the disk has {free / 1e6:,.1f} MB left")
     grown = new / source.folder.relative_to(folder)
     grown.mkdir(parents=True)
     for file in others:
@@ -582,7 +596,7 @@ def write_folder(folder: Path, new: Path, source: Source, config: dict, targets:
     if source.sharded:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (grown / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return len(shards)
+    return len(shards), copied
 
 
 def other_files(folder: Path, model: Path) -> list[Path]:

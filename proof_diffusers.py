@@ -410,7 +410,7 @@ def contiguous_tokens(block, positional, named):
 
 def load(folder: Path | str):
     """A folder -> the diffusers model in eval mode, in the type of most bytes. Raises ValueError if diffusers
-    is not installed, or if the class has no rule.
+    is not installed, if the class has no rule, or if tensors are missing.
 
     The tensors are cloned, which aligns them. As `from_pretrained` gives them, they begin where the header of
     the file ends. On a CPU in float32, a product with one row, such as the time embedding of a batch of one,
@@ -422,7 +422,12 @@ def load(folder: Path | str):
     if not hasattr(diffusers, name):
         raise ValueError(f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers")
     options = {"torch_dtype": main_type(source), "variant": source.variant, "use_safetensors": True}
-    model = getattr(diffusers, name).from_pretrained(folder, **options).eval()
+    model, found = getattr(diffusers, name).from_pretrained(folder, output_loading_info=True, **options)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{folder} has no {sorted(found['missing_keys'])[0]}: a part of its weights is missing"
+        )
+    model.eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     if name == "SanaVideoTransformer3DModel":

@@ -6,6 +6,7 @@ branch and each gate acts.
 
 import errno
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -307,7 +308,8 @@ def test_gate_and_proj_rules_cover_every_class():
     assert {name for name, _ in CONFIGS.values()} == RULES.keys() == INPUTS.keys()
     assert not RULES.keys() & REFUSED.keys()
     classes = importlib.import_module("diffusers.models.transformers")
-    for name in RULES.keys() | REFUSED.keys() - {"WanModel"}:  # which is not of diffusers
+    others = {"WanModel", "HunyuanVideoTransformer3DModelPacked"}  # which are not of diffusers
+    for name in RULES.keys() | REFUSED.keys() - others:
         assert hasattr(classes, name)
     for name in dir(classes):  # every video class is named, yes or no
         if "Transformer3D" in name or "Video" in name:
@@ -644,6 +646,8 @@ def damage(folder, what, changes):
         shard.unlink()
     elif what == "pointer":
         shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    elif what == "no index":
+        index.unlink()
     elif what == "text":
         (folder / "config.json").write_text(changes)
     elif what == "index":
@@ -669,9 +673,11 @@ DAMAGES = [
     ("index", {"blocks.0.x": "../x"}, "another folder"),
     ("index", {"blocks.9.x": "a shard"}, "has no tensor blocks.9.x"),
     ("config", {"num_layers": 4}, "num_layers is 4, but the files hold 3 blocks"),
-    ("config", {"num_layers": None}, "must have a number num_layers"),
+    ("config", {"num_layers": None}, "must have a number num_layers; .* write down how many blocks"),
+    ("no index", None, "00001-of-0.*safetensors without a .*index.json: download all files"),
     ("config", {"_class_name": "NewTransformer"}, "no rule for NewTransformer"),
     ("config", {"_class_name": "WanModel"}, "download the -Diffusers repository"),
+    ("config", {"_class_name": "HunyuanVideoTransformer3DModelPacked"}, "write that name into config.json"),
     ("config", {"_class_name": "WanVACETransformer3DModel"}, "cannot be grown: .* vace_layers"),
     ("config", {"_class_name": "LatteTransformer3DModel"}, "hold 0 transformer_blocks"),
     ("config", {"_class_name": None}, "has no _class_name"),
@@ -711,7 +717,7 @@ def test_blocks_of_another_type_are_refused(folders, tmp_path):
     """Most of them are quantized."""
     weight = {"blocks.0.ffn.net.2.bias": torch.ones(24).to(torch.float8_e4m3fn)}
     edited(folders("wan"), tmp_path / "base", weight)
-    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.net\.2\.bias is F8_E4M3: convert the model to bf"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.net\.2\.bias is F8_E4M3: take weights that were"):
         grow(tmp_path / "base", tmp_path / "out", 1)
 
 
@@ -751,15 +757,25 @@ def test_a_growth_that_is_not_possible_is_refused(family, request_, message, fol
 
 def test_configs_that_cannot_grow_exactly_are_refused():
     """Some classes can be grown with some configs only."""
-    cosmos = {"extra_pos_embed_type": "learnable"}
+    cosmos = {"extra_pos_embed_type": None}
     for name, config in (
-        ("CosmosTransformer3DModel", cosmos),
-        ("CosmosTransformer3DModel", {"controlnet_block_every_n": 2}),
+        ("CosmosTransformer3DModel", {"extra_pos_embed_type": "learnable"}),
+        ("CosmosTransformer3DModel", {}),  # diffusers takes "learnable"
+        ("CosmosTransformer3DModel", cosmos | {"controlnet_block_every_n": 2}),
         ("EasyAnimateTransformer3DModel", {"num_layers": 3, "mmdit_layers": 2}),
         *((name, {}) for name in REFUSED),
     ):
         with pytest.raises(ValueError, match=f"{name} .*cannot be grown"):
             grow_diffusers.block_lists(name, config)
+    assert grow_diffusers.block_lists("CosmosTransformer3DModel", cosmos)
+
+
+def test_absent_entries_are_what_diffusers_takes():
+    diffusers = pytest.importorskip("diffusers")
+    for name, conditions in grow_diffusers.CONDITIONS.items():
+        parameters = inspect.signature(getattr(diffusers, name)).parameters
+        for entry, default, _ in conditions:
+            assert parameters[entry].default == default
 
 
 def test_a_copy_cannot_be_dead(folders, tmp_path):
@@ -782,6 +798,10 @@ def full_disk(*_):
 def test_nothing_half_written(folders, tmp_path, monkeypatch):
     """An existing folder stays as it is; a disk that is full, or fills up, leaves nothing."""
     (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="there already"):
+        grow(folders("wan"), tmp_path / "there", 1)
+    (tmp_path / "there").rmdir()
+    (tmp_path / "there").symlink_to("nowhere")
     with pytest.raises(ValueError, match="there already"):
         grow(folders("wan"), tmp_path / "there", 1)
     with pytest.raises(ValueError, match="name a folder elsewhere"):
@@ -1109,6 +1129,22 @@ def test_a_check_of_two_models_that_are_there(folders, tmp_path, capsys):
                 grow_module.main(words)
 
 
+def test_a_check_finds_that_tensors_are_missing(folders, tmp_path):
+    """diffusers would draw them from random numbers."""
+    edited(folders("wan"), tmp_path / "base", {"proj_out.weight": None})
+    with pytest.raises(
+        ValueError, match=r"^the check failed: .* has no proj_out\.weight: a part of its weights"
+    ):
+        grow_module.main(f"{tmp_path / 'base'} --at 1 --out {tmp_path / 'out'} --check".split())
+
+
+def test_a_copy_at_the_start_is_mentioned(folders, tmp_path, capsys):
+    """Its residual is zero, and a cache of diffusers takes that for "nothing has changed"."""
+    for where in ("prefix", "insert"):
+        grow_module.main(f"{folders('wan')} --depth {where} --add 3 --out {tmp_path / where}".split())
+        assert ("FirstBlockCache" in capsys.readouterr().out) == (where == "prefix")
+
+
 @pytest.mark.parametrize("package", ["diffusers", "torchvision"])
 def test_a_package_that_a_check_needs_is_named(package, tmp_path, monkeypatch):
     """In one line; without diffusers, before the growth."""
@@ -1175,7 +1211,7 @@ def test_a_grown_pipeline_makes_the_same_video(tmp_path):
 # The code in docs/real_models.md
 
 
-LORA, *TRAINING = code_blocks(ROOT / "docs" / "real_models.md")
+_, LORA, *TRAINING = code_blocks(ROOT / "docs" / "real_models.md")
 
 
 def test_names_that_do_not_move():
