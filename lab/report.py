@@ -34,7 +34,7 @@ from lab.verdicts import (
     steps_to_mix,
     verdict,
 )
-from lab.window import scale_claims, scale_section
+from lab.window import read_scale, scale_claims, scale_section
 
 RATES = ("rates", "gpu-rates")
 LOSS_ONLY = ("timing", "longer", *RATES)  # parts that compare the loss on the way and sample nothing
@@ -393,15 +393,16 @@ def budget_claims(found) -> list[list[str]]:
 
 
 def heading(results, found, parts, scales) -> list[str]:
-    """The first page: when growth pays, all verdicts, and over which seeds the means are. scales: the folders
-    of lab/scale.py's results."""
+    """The first page: when growth pays, all verdicts, and over which seeds the means are. scales: the results
+    of lab/scale.py by folder."""
     judged = [*judge(found["growth"]), *judge(found["table"]), *judge(found["language"])]
-    of_budgets = [row for scale in scales for row in scale_claims(scale)]
+    of_budgets = [row for path, scale in scales.items() for row in scale_claims(path.name, scale)]
     rows = [*budget_claims(found), *of_budgets, *([j.claim, j.verdict] for j in judged)]
     rows += [[f"On a GPU: {j.claim}", j.verdict] for j in judge(found["gpu-table"])]
     text = []
     if of_budgets:
-        text.append("![Growing pays above zero, over the budget](scale-gain.png)")
+        picture = next(f"{path.name}-gain.png" for path, scale in scales.items() if scale)
+        text.append(f"![Growing pays above zero, over the budget]({picture})")
     elif found["longer"]:
         text.append("![Growing or not, with four times the budget](longer.png)")
     if rows:
@@ -422,8 +423,8 @@ def write_report(folder: Path, parts) -> str:
     if there are no results."""
     found = {part: read_part(folder / part, part, arms) for part, arms in parts.items()}
     results = [result for arms in found.values() for by_seed in arms.values() for result in by_seed.values()]
-    scales = sorted(path for path in folder.glob("scale*") if path.is_dir())
-    scale = [paragraph for each in scales for paragraph in scale_section(each)]
+    scales = {path: read_scale(path) for path in sorted(folder.glob("scale*")) if path.is_dir()}
+    scale = [paragraph for path, each in scales.items() for paragraph in scale_section(path, each)]
     blocks = read_blocks(folder / "blocks")
     if not (results or scale or blocks):
         raise FileNotFoundError(f"there are no results in {folder}: run `python -m lab.study` first")

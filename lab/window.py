@@ -51,16 +51,22 @@ RATES = (
 
 
 def read_scale(folder: Path) -> dict:
-    """The results of lab/scale.py in `folder`, in order. A budget has the seeds that all of its arms have."""
+    """The results of lab/scale.py in `folder`, in order. A budget has the seeds of *never grown*. An arm that
+    is still without one of them is left out, and a note says so."""
     results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     found = {}
     for result in sorted(results, key=lambda each: (each["budget"], each["arm"], each["seed"])):
         by_seed = found.setdefault(result["budget"], {}).setdefault(result["arm"], {})
         by_seed[result["seed"]] = result
     for budget, arms in list(found.items()):
-        seeds = set.intersection(*(set(by_seed) for by_seed in arms.values()))
+        seeds = sorted(arms.get(NEVER, {}))
+        late = [arm for arm, by_seed in arms.items() if not set(seeds) <= set(by_seed)]
+        if late:
+            print(
+                f"note: {folder.name}, budget {budget:g}: {'; '.join(late)} left out, since seeds are missing"
+            )
         found[budget] = {
-            arm: {seed: by_seed[seed] for seed in sorted(seeds)} for arm, by_seed in arms.items()
+            arm: {seed: by_seed[seed] for seed in seeds} for arm, by_seed in arms.items() if arm not in late
         }
         if not seeds:
             del found[budget]
@@ -240,14 +246,15 @@ def total_flops(arms) -> str:
     return f"{max(each['flops'] for by_seed in arms.values() for each in by_seed.values()):.2g} FLOPs"
 
 
-def scale_claims(folder: Path) -> list[list[str]]:
-    """Rows of the first table of the report: does growing after half of a budget beat never growing?"""
-    rows = []
-    for arms in read_scale(folder).values():
+def scale_claims(name: str, found) -> list[list[str]]:
+    """Rows of the first table of the report: does growing after half of a budget beat never growing? `name`
+    is that of the folder of the results."""
+    rows, where = [], "" if name == "scale" else f"{name}: "
+    for arms in found.values():
         for arm in (HALF_MORE, HALFWAY):
             values = gains(arms.get(arm, {}), arms.get(NEVER, {}), "last")
             if values:
-                claim = f"With {total_flops(arms)} and a decay at the end, *{arm}* beats *{NEVER}*."
+                claim = f"{where}With {total_flops(arms)} and a decay at the end, *{arm}* beats *{NEVER}*."
                 rows.append([claim, verdict(values)])
     return rows
 
@@ -273,10 +280,9 @@ def budget_lines(found, budget) -> list[str]:
     return [*text, provenance(arms)]
 
 
-def scale_section(folder: Path) -> list[str]:
-    """The paragraphs on the results of lab/scale.py in `folder`; pictures are written beside it. Empty
-    without results."""
-    found = read_scale(folder)
+def scale_section(folder: Path, found) -> list[str]:
+    """The paragraphs on the results of lab/scale.py in `folder`, as `read_scale` found them; pictures are
+    written beside it. Empty without results."""
     if not found:
         return []
     names = [f"{folder.name}-{what}.png" for what in ("loss", "gain")]

@@ -156,11 +156,14 @@ def test_claims_by_budget(scale_report):
     claim = "With {} FLOPs and a decay at the end, *doubled at 50 %* beats *never grown*."
     verdicts = {"1e+02": "contradicted", "4e+02": "holds", "1.6e+03": "holds", "6.4e+03": "holds"}
     rows = [[claim.format(flops), verdict] for flops, verdict in verdicts.items()]
-    assert window.scale_claims(folder / "scale") == rows
+    found = window.read_scale(folder / "scale")
+    assert window.scale_claims("scale", found) == rows
     nothing = {part: {} for part in study.PARTS}
-    picture, table, _ = report.heading([], nothing, study.PARTS, [folder / "scale"])
-    assert "(scale-gain.png)" in picture
-    assert f"| {claim.format('4e+02')} | holds |" in table
+    for name, where in (("scale", ""), ("scale-on-a-gpu", "scale-on-a-gpu: ")):
+        scales = {folder / "scale-empty": {}, folder / name: found}
+        picture, table, _ = report.heading([], nothing, study.PARTS, scales)
+        assert f"({name}-gain.png)" in picture
+        assert f"| {where}{claim.format('4e+02')} | holds |" in table
 
 
 def test_the_report_reproduces_byte_for_byte(scale_report):
@@ -175,13 +178,19 @@ def test_the_report_reproduces_byte_for_byte(scale_report):
         report.write_report(folder, study.PARTS)
 
 
-def test_seeds_that_are_under_way_do_not_count(scale_report):
-    """A budget has the seeds that all of its arms have; with one budget nothing is said of others."""
+def test_seeds_that_are_under_way_do_not_count(scale_report, capsys):
+    """A budget has the seeds of *never grown*, and the arms that have all of these. With one budget nothing
+    is said of others."""
     _, folder = scale_report
     (folder / "scale" / "4-never grown-1.json").unlink()
+    (folder / "scale" / "16-large from scratch-1.json").unlink()
     for file in (folder / "scale").glob("64-large from scratch-*"):
         file.unlink()
     text = report.write_report(folder, study.PARTS)
+    note = "note: scale, budget 16: large from scratch left out, since seeds are missing\n"
+    assert capsys.readouterr().out == note
+    section = text.split("Budget 16: ")[1].split("Budget 64: ")[0]
+    assert "seeds 0, 1, 2):" in section and "| large from scratch |" not in section
     assert "learning rate 0.0015 or 0.003, seeds 0, 2):" in text.split("Budget 4: ")[1]
     row = next(line for line in text.splitlines() if line.startswith("| doubled at 50 % | everywhere"))
     assert row.count("everywhere") == 2  # of seeds 0 and 2, beside *never grown*
