@@ -130,11 +130,16 @@ def swap(model: DiT):
 
 def swapped(path, llm: str, layers: str):
     """The checkpoint of a run -> a checkpoint that reads with an LLM instead of its text encoder."""
-    from data import caption, make_scenes
+    from data import SETS, caption, make_scenes
     from grow import grow_state
     from run import load_checkpoint
 
     checkpoint = load_checkpoint(path)
+    trainings = [event["train"] for event in checkpoint.metadata["history"] if "train" in event]
+    if trainings and trainings[-1] not in SETS:
+        raise ValueError(
+            f"{path} was trained on {trainings[-1]}: the map is made from captions of the toy world"
+        )
     llm = located(llm)
     checkpoint.metadata.update(llm=llm, llm_features=layers)
     llm_dim = cached_features([], llm, layers).dim

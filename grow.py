@@ -302,7 +302,9 @@ def grow_state(checkpoint: Checkpoint, operator: str, **options) -> Checkpoint:
     metadata = {"history": [], "new": [], **checkpoint.metadata}
     history = metadata["history"]
     untrained = [*itertools.takewhile(lambda event: "grow" in event, reversed(history))]  # growths at the end
-    zeroed = any(event["grow"] in ("depth", "llm") and event.get("zero") != "none" for event in untrained)
+    zeroed = {event["grow"] for event in untrained if event.get("zero") != "none"} & {"depth", "llm"}
+    if any(event["grow"] == "swap" for event in untrained):  # align.py has opened these gates
+        zeroed.discard("llm")
     if operator == "lora" and zeroed:
         raise ValueError("adapters would freeze new parameters that are still zero: train them first")
 

@@ -10,8 +10,8 @@ import torch
 import align
 from conftest import SMALL, random_inputs, random_model, tiny_llm
 from dit import layer_norm
-from grow import grow_llm
-from run import Checkpoint, history_tree, load_model, save_checkpoint
+from grow import grow_llm, grow_state
+from run import Checkpoint, history_tree, load_checkpoint, load_model, save_checkpoint
 from text_encoder import Prompts
 
 
@@ -154,3 +154,21 @@ def test_the_command_refuses(tmp_path, base, monkeypatch):
         align.main([str(base), "--llm", llm, "--out", str(out)])
     with pytest.raises(ValueError, match="an LLM branch already"):
         align.main([str(out), "--llm", llm, "--out", str(tmp_path / "twice")])
+    mine = load_checkpoint(base)
+    event = {"train": "my_clips", "captions": "detailed", "steps": 1, "tune": "all", "seed": 0}
+    mine.metadata["history"].append(event)
+    save_checkpoint(tmp_path / "mine" / "checkpoint", mine)
+    with pytest.raises(
+        ValueError, match="mine was trained on my_clips: the map is made from captions of the"
+    ):
+        align.main([str(tmp_path / "mine"), "--llm", llm, "--out", str(tmp_path / "other")])
+
+
+def test_a_swapped_model_takes_adapters(tmp_path, base, monkeypatch):
+    """Its new gates are open, unlike those of a model that has grown by an LLM and was not trained."""
+    monkeypatch.setattr(align, "CAPTIONS", 64)
+    swapped = align.swapped(base, tiny_llm(tmp_path / "llm"), "last")
+    assert grow_state(swapped, "lora", rank=2).model.config.lora_rank == 2
+    deeper = grow_state(swapped, "depth", add=1)
+    with pytest.raises(ValueError, match="adapters would freeze"):
+        grow_state(deeper, "lora", rank=2)
