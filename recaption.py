@@ -38,7 +38,8 @@ COLORS = {
     "lime", "azure", "navy", "lavender", "ruby", "amber", "mustard", "jade", "olive", "cobalt", "plum",
     "sapphire", "mauve", "amethyst", "magenta", "teal", "turquoise",
 }  # fmt: skip
-NUMBERS = {"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"}
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {str(number): word for number, word in enumerate(NUMBERS, 2)}
 OPPOSITES = [
     ({"left", "leftward", "leftwards", "west"}, {"right", "rightward", "rightwards", "east"}),
     ({"up", "upward", "upwards", "rising", "rises", "ascending", "climbing", "climbs", "soaring"},
@@ -47,8 +48,9 @@ OPPOSITES = [
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return re.findall(r"[^\W\d_]+", text.lower())
+    """The words of a text, in lower case. A number in digits is a word, or with more than ten none."""
+    found = re.findall(r"[^\W\d_]+|\d+", text.lower())
+    return [DIGITS.get(word, word) for word in found if not word.isdecimal() or word in DIGITS]
 
 
 def contradictions(prompt: str) -> set[str]:
@@ -56,7 +58,7 @@ def contradictions(prompt: str) -> set[str]:
     numbers, all other numbers; if it names a direction and not its opposite, the opposite."""
     named = set(words(prompt))
     wrong = set()
-    for kind in (COLORS, NUMBERS):
+    for kind in (COLORS, {*NUMBERS}):
         if kind & named:
             wrong |= kind - named
     for one, other in OPPOSITES:

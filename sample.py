@@ -84,7 +84,8 @@ def read_prompts(args) -> list[str]:
             lines = decode_text(Path(args.prompts).read_bytes()).splitlines()
         except ValueError as error:
             raise ValueError(f"{args.prompts} cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines]
+    prompts = [line for line in lines if any(c.isprintable() and not c.isspace() for c in line)]
     if not prompts:
         raise ValueError("the prompt is empty" if args.prompts is None else f"{args.prompts} has no prompt")
     try:

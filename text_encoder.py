@@ -52,7 +52,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from machine import bf16_is_fast, cache_dir, fits, read_cache, run_command, write_cache
@@ -431,7 +431,9 @@ class Features:
 def truncated(encoder, texts: list[str]) -> list[str]:
     """A line about each text that the encoder does not read to its end."""
     lines = []
-    for text, tokens in zip(texts, encoder.tokenizer(texts)["input_ids"], strict=True):
+    suffix = getattr(encoder, "template_suffix", "")  # of a chat, which an LLM reads too
+    ids = encoder.tokenizer([text + suffix for text in texts])["input_ids"]
+    for text, tokens in zip(texts, ids, strict=True):
         if len(tokens) > encoder.max_length:
             read = f"{encoder.name} reads {encoder.max_length} of the {len(tokens)} tokens"
             lines.append(f"{read} of {text[:30]!r}...")
@@ -487,17 +489,29 @@ def cached_features(texts, name="minilm", layers=None, device="cpu") -> Features
     texts = sorted({NULL_PROMPT, *texts})
     path = cache_path("features", texts, name, layers)
     if saved := read_cache(path):
+        print_notes(read_notes(path))
         return Features(texts, saved["flat"], saved["lengths"])
     encoder = make_encoder(name, layers, device)
     notes = truncated(encoder, texts)
+    print_notes(notes)
+    flat, lengths = encode(texts, encoder)
+    check_features(name, texts, flat, lengths)
+    write_cache(path, {"flat": flat, "lengths": lengths}, {"notes": json.dumps(notes)})
+    return Features(texts, flat, lengths)
+
+
+def print_notes(notes: list[str]):
+    """Print the first notes of `truncated`, and how many there are."""
     for line in notes[:3]:
         print(f"note: {line}")
     if len(notes) > 3:
         print(f"note: {len(notes)} texts are truncated in all")
-    flat, lengths = encode(texts, encoder)
-    check_features(name, texts, flat, lengths)
-    write_cache(path, {"flat": flat, "lengths": lengths})
-    return Features(texts, flat, lengths)
+
+
+def read_notes(path: Path) -> list[str]:
+    """The notes of `truncated` in a file of the cache, where older versions have none."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("notes", "[]"))
 
 
 class Prompts:

@@ -156,8 +156,9 @@ def test_truncated_texts_are_reported(encoder_name, empty_cache, capsys):
     (line,) = text_encoder.truncated(encoder, ["a red cat", "cat " * 5000, "\N{CAT FACE}"])
     assert "reads 6 of the 5001 tokens of 'cat cat" in line
     texts = ["cat " * n for n in range(8)]  # n + 1 tokens
-    cached_features(texts, encoder_name)
-    assert capsys.readouterr().out.count("note: ") == 2
+    for _ in range(2):  # also if the features come from the cache
+        cached_features(texts, encoder_name)
+        assert capsys.readouterr().out.count("note: ") == 2
     cached_features([*texts, "a " * 6, "a " * 7, "a " * 8], encoder_name)
     notes = capsys.readouterr().out.splitlines()
     assert len(notes) == 4 and notes[-1] == "note: 5 texts are truncated in all"
@@ -709,6 +710,8 @@ GOOD = (
         ("a cat moving left, then right", GOOD + " Then it runs right.", ""),
         ("two cats", GOOD, "it lost 'two'"),
         ("two cats", GOOD + " Two cats. Three cats.", "it says 'three', which contradicts"),
+        ("2 cats", GOOD + " Two cats. Three cats.", "it says 'three', which contradicts"),
+        ("two cats", GOOD + " Two cats. 3 cats.", "it says 'three', which contradicts"),
         ("a cat rising", GOOD + " It was rising, now it is falling.", "it says 'falling'"),
         ("a cat descending", GOOD + " It was descending, now it climbs.", "it says 'climbs'"),
         ("a ruby cat soaring", GOOD + " A ruby one, soaring, not plum.", "it says 'plum'"),
