@@ -16,6 +16,7 @@ What is kept: results/actors/NAME.json, named after the last run. Points that ar
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -59,14 +60,19 @@ def score_runs(runs: list[Path], file: Path, reader: Reader, count: int, device:
     check_trainings(file, result.get("arguments", []), arguments)
     last, _ = load_model(kept_weights(runs[-1])[-1])
     result |= {"arguments": arguments, "ceiling": ceiling(reader, last.config, count)}
-    done = {point["checkpoint"] for point in result["points"]}
+    done = {point["checkpoint"]: point.get("weights") for point in result["points"]}
     for weights in (directory for run in runs for directory in kept_weights(run)):
         name = f"{weights.parent.name}/{weights.name}"
+        content = (weights / "model.safetensors").read_bytes()
+        stamp = hashlib.sha256(content).hexdigest()[:16]
+        if done.get(name, stamp) not in (stamp, None):  # None: from before there were stamps
+            raise ValueError(f"{file} is about other weights of {name}: delete it")
         if name in done:
             continue
         _, metadata = load_model(weights)
         scores = evaluate(weights, reader, count, device=device, only=ACTOR_SETS)
-        result["points"].append({"checkpoint": name, "flops": metadata["flops"], "scores": scores})
+        point = {"checkpoint": name, "weights": stamp, "flops": metadata["flops"], "scores": scores}
+        result["points"].append(point)
         result["points"].sort(key=lambda point: point["flops"])
         result |= {"revision": find_revision(), "machine": machine_name()}
         file.parent.mkdir(parents=True, exist_ok=True)

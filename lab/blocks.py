@@ -42,6 +42,7 @@ from lab.study import find_revision, machine_name
 from lab.tables import markdown_table
 from machine import pick_device, run_command
 from run import Checkpoint, load_model, save_checkpoint, write_atomically
+from stacking import stacking_plan
 from text_encoder import Prompts
 
 CLIPS = 256
@@ -97,14 +98,15 @@ def removal_costs(model: DiT, batches, loss: float) -> list[float]:
 def growth_of(metadata: dict, depth: int) -> dict:
     """From the history of a checkpoint: `when` ("before", "at growth" or "after"), `where` the blocks of the
     last growth in depth went ("" before), which blocks are new, and the seed of the last training."""
-    when, where, seed = "before", "", None
+    when, where, seed, new = "before", "", None, [False] * depth
     for event in metadata["history"]:
         if event.get("grow") == "depth":
             when, where = "at growth", event["where"]
+            plan = stacking_plan(event["changed"]["depth"][0], event["add"], event["group"], where)
+            new = [is_copy for _, is_copy in plan]
         elif "train" in event:
             seed = event["seed"]
             when = "after" if where else "before"
-    new = [where != "" and f"blocks.{i}.adaln.weight" in metadata["new"] for i in range(depth)]
     return {"when": when, "where": where, "new": new, "seed": seed}
 
 

@@ -81,6 +81,11 @@ def test_a_curve_continues_and_is_drawn(kept_run, tmp_path, monkeypatch):
     assert actors.score_runs([kept_run], file, reader, 3, "cpu") == json.loads(file.read_text())
     with pytest.raises(ValueError, match="3 prompts per set"):
         actors.score_runs([kept_run], file, reader, 4, "cpu")
+    other = json.loads(file.read_text())
+    other["points"][1]["weights"] = "of a run with other --steps"
+    file.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="other weights of run/step_000002: delete it"):
+        actors.score_runs([kept_run], file, reader, 3, "cpu")
     options = json.loads((kept_run / "args.json").read_text())
     actors.check_trainings(file, result["arguments"], [{**options, "steps": 8}])
     with pytest.raises(ValueError, match="another training called run: delete it"):

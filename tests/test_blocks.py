@@ -104,6 +104,8 @@ def test_what_the_history_says():
     assert found == {"when": "at growth", "where": "suffix", "new": [False] * 3 + [True] * 3, "seed": 4}
     trained = {**grown.metadata, "history": [*grown.metadata["history"], {"train": "rich", "seed": 5}]}
     assert blocks.growth_of(trained, 6) == {**found, "when": "after", "seed": 5}
+    again = grow_state(checkpoint_of(random_model(), history=trained["history"]), "llm", llm_dim=8)
+    assert blocks.growth_of(again.metadata, 6)["new"] == found["new"]
 
 
 @pytest.fixture
