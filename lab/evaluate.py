@@ -300,7 +300,7 @@ def ceiling(reader, config, count) -> dict[str, dict[str, float]]:
     """The scores of true clips of a model's size, by prompt set: no model can expect more."""
     device = next(reader.parameters()).device
     scores = {}
-    for name in ("seen", "several actors"):
+    for name in ("seen", "held-out pairs", "several actors"):
         scenes = prompt_sets(count)[name][0]
         parts = [scenes[i : i + RENDERED_AT_ONCE] for i in range(0, len(scenes), RENDERED_AT_ONCE)]
         videos = torch.cat([render(part, config.frames, config.size, device) for part in parts]) / 127.5 - 1
@@ -428,6 +428,8 @@ def main(argv=None):
         raise ValueError("--count and --steps must be at least 1")
     if not 0 <= args.guidance < math.inf:
         raise ValueError(f"--guidance is {args.guidance}; it must be a number from 0 on")
+    if args.out and args.out.endswith(".gif"):
+        raise ValueError(f"--out {args.out} is for the scores, as JSON; the GIF lies beside it")
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else newest_checkpoint()
     out = Path(args.out) if args.out else output_path(checkpoint)
     reader = get_reader(device=pick_device(args.device))

@@ -34,8 +34,9 @@ steps. The learning rate stays on its plateau (no decay), so that a run can be c
 the averaged weights (EMA) are judged. In part language and in the paper's table only ends are compared: there
 it decays.
 
-**What is measured.** The reader scores clips for prompts that were never seen (lab/evaluate.py); losses are
-those on held-out clips with fixed noise. Differences are taken within a seed. The spread is over seeds, which
+**What is measured.** The reader scores clips of new scenes (lab/evaluate.py). A prompt of *seen* may be a
+caption of the training, those of the held-out sets are not. Losses are those on held-out clips with fixed
+noise. Differences are taken within a seed. The spread is over seeds, which
 decide weights, batches and noise; clips, captions and test prompts are the same for all.
 
 **What is kept.** One JSON file per arm and seed in results/PART/: arguments, commit of the code, machine,

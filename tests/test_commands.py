@@ -362,6 +362,7 @@ def folder(tmp_path_factory):
 
 USER_ERRORS = [
     ('sample.py ""', "the prompt is empty"),
+    ('sample.py "\u200b \x07"', "the prompt is empty"),
     ("sample.py", "give one prompt"),
     ('sample.py "a cat" --from nowhere', "there is no checkpoint in nowhere"),
     ('sample.py "a cat" --from bad', "does not fit its own config"),
@@ -392,6 +393,7 @@ USER_ERRORS = [
     ("data.py --check nowhere", "there is no folder nowhere"),
     ("grow.py good --width 2 --out taken", "is there already"),
     ("-m lab.evaluate nowhere", "there is no checkpoint in nowhere"),
+    ("-m lab.evaluate --out scores.gif", "--out scores.gif is for the scores, as JSON"),
     ("-m lab.study --arms more", "no arm is called 'more'"),
     ("-m lab.study --report", "no results in results"),
 ]

@@ -289,7 +289,8 @@ def test_an_evaluation_says_which_checkpoint_and_writes_beside_runs_only(
     assert "written to runs/evaluation-weights.json and runs/evaluation-weights.gif\n" in printed
     with Image.open("runs/evaluation-weights.gif") as picture:
         assert picture.n_frames == config.frames
-    rows = [*evaluate.prompt_sets(4), "true clips: seen", "true clips: several actors"]
+    true_clips = [f"true clips: {name}" for name in ("seen", "held-out pairs", "several actors")]
+    rows = [*evaluate.prompt_sets(4), *true_clips]
     assert all(f"\n| {name} |" in printed for name in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "weights"]
     assert [file.name for file in (tmp_path / "weights").iterdir()] == ["model.safetensors"]
