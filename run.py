@@ -87,7 +87,7 @@ def lock(folder: Path, instead: str):
     except filelock.Timeout:
         raise ValueError(f"another process is training in {folder}: {instead}") from None
     except OSError as error:
-        raise OSError(f"{folder} cannot be locked ({error.strerror}): {instead}") from None
+        raise OSError(f"{folder} cannot be locked ({error.strerror}): {instead}, elsewhere") from None
     with acquired:
         yield
 
