@@ -114,13 +114,14 @@ def equal_loss_ratio(found, budget, arm, other, seed) -> float | None:
 
 def lead(found, arm, other, seed) -> str:
     """At how many FLOPs the final loss of an arm begins, or ceases, to be lower than that of another one:
-    "from 4e+13", "until 6e+13", "everywhere", "nowhere"; empty if a budget is missing."""
+    "from 4e+13", "until 6e+13", "everywhere", "nowhere", among the budgets that both have; empty if these are
+    fewer than two."""
     gaps = []
     for arms in found.values():
         if seed in arms.get(arm, {}) and seed in arms.get(other, {}):
             mine, theirs = (loss_curve(arms[name][seed], "val_loss")[-1] for name in (arm, other))
             gaps.append((math.log(mine[1]), mine[2] - theirs[2]))
-    if len(gaps) < len(found):
+    if len(gaps) < 2:
         return ""
     words = []
     for (x0, y0), (x1, y1) in itertools.pairwise(gaps):
@@ -203,7 +204,7 @@ def budget_table(found, budget) -> str:
 
 
 def lead_table(found) -> str:
-    """For which FLOPs each arm has the lower loss, for each seed that has all budgets."""
+    """For which FLOPs each arm has the lower loss, for each seed, among the budgets that it has."""
     first = next(iter(found.values()))
     rows = []
     for arm in dict.fromkeys(arm for arms in found.values() for arm in arms if arm != EXTRA):

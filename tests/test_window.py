@@ -99,7 +99,8 @@ def test_who_leads():
     assert window.lead(found, "b", "a", 0) == "until 8e+02"
     assert window.lead(found, "a", "b", 1) == ""
     without = found | {64: {"a": {}, "b": found[64]["b"]}}  # a run that is not there yet
-    assert window.lead(without, "a", "b", 0) == ""
+    assert window.lead(without, "a", "b", 0) == "from 8e+02"
+    assert window.lead({16: found[16], 64: without[64]}, "a", "b", 0) == ""
     found[64]["a"][0]["curve"][-1]["val_loss"] = 1.05  # as far above as it was below at 16
     assert window.lead(found, "a", "b", 0) == "from 8e+02 until 3.2e+03"
     for budget in BUDGETS:
@@ -193,7 +194,11 @@ def test_seeds_that_are_under_way_do_not_count(scale_report, capsys):
     assert "seeds 0, 1, 2):" in section and "| large from scratch |" not in section
     assert "learning rate 0.0015 or 0.003, seeds 0, 2):" in text.split("Budget 4: ")[1]
     row = next(line for line in text.splitlines() if line.startswith("| doubled at 50 % | everywhere"))
-    assert row.count("everywhere") == 2  # of seeds 0 and 2, beside *never grown*
+    cells = [cell.split(", ") for cell in row.strip(" |").split(" | ")[1:]]
+    assert cells == [
+        ["everywhere"] * 3,
+        ["everywhere"] * 2,
+    ]  # seed 1 and *large from scratch* share one budget
     for file in (folder / "scale").iterdir():
         if not file.name.startswith("1-"):
             file.unlink()
