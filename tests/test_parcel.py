@@ -129,7 +129,7 @@ def stop(number, frame):
 
 for each in (signal.SIGINT, signal.SIGTERM):
     signal.signal(each, stop)
-os.killpg(os.getpgid(os.getppid()), getattr(signal, sys.argv[1]))
+os.killpg(int(sys.argv[2]), getattr(signal, sys.argv[1]))
 for _ in range(100):
     time.sleep(0.1)
     if asked:
@@ -146,7 +146,7 @@ def test_on_gpu_lets_save_what_is_stopped(recorded, tmp_path, program, number):
     gets one signal, since a second one would end it."""
     (tmp_path / "child.py").write_text(CHILD)
     status, calls = recorded(
-        f"[[ {program} && ! -e asked ]] && touch asked && exec {sys.executable} child.py {number}"
+        f"[[ {program} ]] && mkdir asked && exec {sys.executable} child.py {number} $PPID"
     )
     assert (tmp_path / "saved").exists()
     assert status == 130 and calls[-1][:2] == ["-m", "lab.parcel"]
