@@ -51,15 +51,15 @@ RATES = (
 
 
 def read_scale(folder: Path) -> dict:
-    """The results of lab/scale.py in `folder`, in order. A budget has the seeds of *never grown*. An arm that
-    is still without one of them is left out, and a note says so."""
+    """The results of lab/scale.py in `folder`, in order. A budget has the seeds of *never grown*, or without
+    that arm those of all. An arm that still lacks one is left out, and a note says so."""
     results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     found = {}
     for result in sorted(results, key=lambda each: (each["budget"], each["arm"], each["seed"])):
         by_seed = found.setdefault(result["budget"], {}).setdefault(result["arm"], {})
         by_seed[result["seed"]] = result
     for budget, arms in list(found.items()):
-        seeds = sorted(arms.get(NEVER, {}))
+        seeds = sorted(arms.get(NEVER) or set.intersection(*map(set, arms.values())))
         late = [arm for arm, by_seed in arms.items() if not set(seeds) <= set(by_seed)]
         if late:
             print(

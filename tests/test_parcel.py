@@ -99,7 +99,8 @@ def recorded(tmp_path):
         python.write_text(f"#!/bin/bash\n{note}\n{lines}\nexit 0\n")
         python.chmod(0o755)
         environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-        command = ["bash", str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / out)]
+        script = [str(REPOSITORY / "lab" / "on_gpu.sh"), str(tmp_path / out)]
+        command = ["env", "--default-signal=INT,HUP", "bash", *script]  # what runs the tests may ignore them
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
         )

@@ -285,7 +285,7 @@ def test_the_table_of_learning_rates(tmp_path):
     table = report.rates_section(found["rates"])[1]
     assert "| lora, 0.003 | 0.3000 ± 0.1414 |" in table and "base" not in table
     found |= {"growth": {}, "timing": {}, "table": {}, "gpu-table": {}, "language": {}}
-    assert report.heading([{"seed": 0}], found, parts, []) == ["Mean ± standard deviation over seeds 0."]
+    assert report.heading([{"seed": 0}], found, parts, {}) == ["Mean ± standard deviation over seeds 0."]
 
 
 def test_parts_that_score_nothing_need_no_proof(tmp_path, monkeypatch):
