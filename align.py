@@ -132,14 +132,13 @@ def swapped(path, llm: str, layers: str):
     """The checkpoint of a run -> a checkpoint that reads with an LLM instead of its text encoder."""
     from data import SETS, caption, make_scenes
     from grow import grow_state
-    from run import load_checkpoint
+    from run import last_training, load_checkpoint
 
     checkpoint = load_checkpoint(path)
-    trainings = [event["train"] for event in checkpoint.metadata["history"] if "train" in event]
-    if trainings and trainings[-1] not in SETS:
-        raise ValueError(
-            f"{path} was trained on {trainings[-1]}: the map is made from captions of the toy world"
-        )
+    training = last_training(checkpoint.metadata["history"])
+    if training and training["train"] not in SETS:
+        what = f"{path} was trained on {training['train']}"
+        raise ValueError(f"{what}: the map is made from captions of the toy world")
     llm = located(llm)
     checkpoint.metadata.update(llm=llm, llm_features=layers)
     llm_dim = cached_features([], llm, layers).dim

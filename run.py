@@ -228,6 +228,11 @@ def load_model(path: Path | str) -> tuple[DiT, dict]:
     return model.eval(), metadata
 
 
+def last_training(history: list[dict]) -> dict | None:
+    """The last event of a history that is a training; None if there is none."""
+    return next((event for event in reversed(history) if "train" in event), None)
+
+
 def history_tree(history: list[dict]) -> str:
     """The history of a checkpoint, a line for each training and growth; each growth begins a branch."""
     lines, indent = [], ""

@@ -34,7 +34,7 @@ from data import PROMPTS, SETS, ToyDataset
 from dit import PRESETS, DiT, set_attention
 from grow import grow_state
 from machine import RowStore, card, compiles, fits, keep_freed_memory, pick_device, pick_precision
-from run import DEFAULTS, Checkpoint, load_checkpoint
+from run import DEFAULTS, Checkpoint, last_training, load_checkpoint
 from text_encoder import Prompts, cached_features, located
 
 BASE_LR = 3e-3  # peak learning rate at width 128; it falls with the root of the width
@@ -177,8 +177,7 @@ def open_data(args, config, fps: float, history: list[dict], device, skipped=())
         clips = FolderDataset(scanned, "train", count=args.clips, **how)
         held_out = {"val_loss": FolderDataset(scanned, "validation", count=few, **how)}
         shown = list(dict.fromkeys(clips.captions))[: len(PROMPTS)]
-    trainings = [event for event in history if "train" in event]
-    old = trainings[-1] if trainings else None
+    old = last_training(history)
     # A folder that a header names is not opened: a checkpoint may come from anywhere.
     if old and old["train"] in SETS and (old["train"], old["captions"]) != (args.data, args.captions):
         style = {"caption_style": old["captions"], "device": device}

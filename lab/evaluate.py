@@ -35,7 +35,7 @@ from flow import GUIDANCE, STEPS, solve, validation_loss
 from lab.reader import FRAMES, get_reader, labels, render_clips
 from lab.tables import BENCHMARK_NAMES, score_table
 from machine import autocast, pick_device, pick_precision, run_command
-from run import find_checkpoint, load_model, newest_checkpoint
+from run import find_checkpoint, last_training, load_model, newest_checkpoint
 from text_encoder import NULL_PROMPT, Prompts
 from video import save_grid, to_uint8
 
@@ -402,9 +402,10 @@ def write_picture(path: Path, model, metadata, args):
 
 def say_what_the_judge_knows(checkpoint: Path, metadata):
     """Print a note about a model that was trained on a folder of clips."""
-    trainings = [event["train"] for event in metadata["history"] if "train" in event]
-    if trainings and trainings[-1] not in SETS:
-        print(f"note: {checkpoint} was trained on {trainings[-1]}, and the judge knows only the toy world")
+    training = last_training(metadata["history"])
+    if training and training["train"] not in SETS:
+        what = f"{checkpoint} was trained on {training['train']}"
+        print(f"note: {what}, and the judge knows only the toy world")
 
 
 def main(argv=None):
